@@ -1,0 +1,73 @@
+"""What every test runs under: eight CPU devices, a compilation cache kept in the checkout, no skip for want of devices.
+
+The environment is set here, before jax is imported by anything (pytest reads this file first, in each xdist worker
+too), and processes that a test starts inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+NUM_DEVICES = 8
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _prepare_environment() -> None:
+    if "jax" in sys.modules:
+        raise RuntimeError("jax was imported before tests/conftest.py could ask for 8 CPU devices")
+    flag = "--xla_force_host_platform_device_count"
+    others = re.sub(rf"{flag}=\S*", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{others} {flag}={NUM_DEVICES}".strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Most of a test's time is compiling, so even the smallest program is kept.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    # Workers run side by side: the thread pools of BLAS and OpenMP would only get in each other's way.
+    for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(pool, "1")
+
+
+_prepare_environment()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop at once where the eight devices are missing: the sharding tests would prove nothing.
+
+    The controller of xdist runs no test, so it is spared the import of jax.
+    """
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import jax
+
+    if jax.device_count() != NUM_DEVICES:
+        raise pytest.UsageError(f"the tests need {NUM_DEVICES} CPU devices, jax shows {jax.devices()}")
+
+
+def _forbid_device_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip for want of devices into a failure: such a skip hides that sharding was never tested."""
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        path, line, reason = report.longrepr
+        if "device" in reason.lower():
+            report.outcome = "failed"
+            report.longrepr = f"{path}:{line}: a skip for want of devices is a failure here. {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _forbid_device_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _forbid_device_skip(report)
+    return report
