@@ -1,0 +1,106 @@
+"""Datasheet peaks of accelerators, and a measurement of the machine at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlab.core.errors import CostError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """The peak figures of one chip, as its maker states them (GB = 1e9 bytes, GiB where the source says so).
+
+    Attributes:
+      name: common name.
+      device_kinds: what `jax.Device.device_kind` says of it.
+      bf16_flops: dense bfloat16 matrix FLOP/s (no structured sparsity).
+      hbm_bytes: memory of the chip.
+      hbm_bandwidth: bytes/s between the chip and that memory.
+      source: where the figures are from.
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    bf16_flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    source: str
+
+
+_TPU = "Google Cloud TPU documentation, page "
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet (1758950)"
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet (bfloat16 there with sparsity; half of it)"
+_H200 = "NVIDIA H200 Tensor Core GPU datasheet (bfloat16 there with sparsity; half of it)"
+
+HARDWARE = (
+    Hardware("TPU v4", ("TPU v4",), 275e12, 32 * 2**30, 1200e9, _TPU + "v4"),
+    Hardware("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 819e9, _TPU + "v5e"),
+    Hardware("TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 95e9, 2765e9, _TPU + "v5p"),
+    Hardware("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, _TPU + "v6e"),
+    Hardware("A100 SXM 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 40e9, 1555e9, _A100),
+    Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 40e9, 1555e9, _A100),
+    Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, _A100),
+    Hardware("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312e12, 80e9, 1935e9, _A100),
+    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 80e9, 3350e9, _H100),
+    Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756.5e12, 80e9, 2000e9, _H100),
+    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 141e9, 4800e9, _H200),
+)
+
+
+def lookup(device_kind: str) -> Hardware:
+    """The datasheet of a device.
+
+    Args:
+      device_kind: `jax.devices()[0].device_kind`, or the `name` of an entry of HARDWARE.
+
+    Raises:
+      CostError: no datasheet is known, as for every CPU.
+    """
+    for hardware in HARDWARE:
+        if device_kind == hardware.name or device_kind in hardware.device_kinds:
+            return hardware
+    raise CostError(
+        f"no datasheet is known for device {device_kind!r}; measure its peak with measure_matmul_flops()."
+        + suggest(device_kind, [hardware.name for hardware in HARDWARE])
+    )
+
+
+def measure_matmul_flops(dtype: str = "float32", size: int = 1024, repeats: int = 10) -> float:
+    """The FLOP/s that a square matrix product reaches on the default device: the median of timed repeats.
+
+    Take a size whose product lasts a millisecond or more, or the time to start it is measured with it (1024 on a CPU,
+    8192 on an accelerator). Float32 products run at the default matmul precision, which on accelerators is lower.
+
+    Args:
+      dtype: a floating dtype, such as "float32" or "bfloat16".
+      size: rows and columns of both matrices, at least 1.
+      repeats: timed runs after one that warms up, at least 1.
+
+    Raises:
+      CostError: a size or number of repeats below 1, or a dtype that is not floating.
+    """
+    if size < 1 or repeats < 1:
+        raise CostError(
+            f"measure_matmul_flops: got size {size} and repeats {repeats}, expected both to be at least 1."
+        )
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise CostError(
+            f"measure_matmul_flops: got dtype {dtype!r}, expected a floating one such as 'bfloat16'."
+        )
+    values = np.random.default_rng(0).standard_normal((2, size, size), dtype=np.float32)
+    left, right = (jnp.asarray(value, dtype) for value in values)
+    multiply = jax.jit(jnp.matmul)
+    multiply(left, right).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(left, right).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
