@@ -1,0 +1,241 @@
+"""The contract: what every stack item, score and feed-forward layer must do, found and run without being told.
+
+A part is tried in the stacks it gives as examples (`Item.examples`). Sharded checks of the same parts are in
+`test_sharded.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parts
+import pytest
+from conftest import redraw
+
+from tokenlab.core.tokens import Tokens
+from tokenlab.cost.flops import count
+from tokenlab.layers import execute
+from tokenlab.layers.context import Context
+
+KEY = jax.random.key(1)
+FOUND = parts.find()
+IDENTITIES = parts.identities()
+each_part = pytest.mark.parametrize("part", FOUND, ids=str)
+
+
+def weights(model):
+    return redraw(jax.jit(model.init)(KEY))
+
+
+def value_and_grad(model, images, cotangent, **how):
+    """A jitted function state -> ((sum of logits in a direction, logits), gradients), as in training."""
+
+    def total(state):
+        output = model.apply(state, {"image": images}, train=True, rng=KEY, **how)
+        return jnp.sum(output.logits * cotangent) + sum(output.losses.values()), output.logits
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def stochastic(model):
+    return any(
+        getattr(score, "stochastic", False)
+        for step in model.program.flat()
+        for score in (step.item.scores() if hasattr(step, "item") else ())
+    )
+
+
+def relative(a, b):
+    """Largest difference of two trees over the largest entry."""
+    flat = [np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)]) for t in (a, b)]
+    return np.abs(flat[0] - flat[1]).max() / np.abs(flat[1]).max()
+
+
+def test_something_was_found():
+    names = {part.name for part in FOUND}
+    assert {"keep", "skip", "merge", "evit", "tome", "random", "norm", "cls", "learned", "mlp", "swiglu"} <= names
+
+
+@each_part
+def test_gradients_and_ways_of_running(part, images, cotangent):
+    """Gradients are finite and reach every parameter; scanned, unrolled and rematerialised agree."""
+    model = parts.build(part.stack)
+    state = weights(model)
+    (_, logits), grads = value_and_grad(model, images, cotangent, execution="unroll")(state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(leaf).all(), f"{name} has gradients that are not finite"
+        # Adding a constant to all keys changes no softmax, so the bias of keys has none.
+        if "['key']['bias']" not in name:
+            stacked = name.startswith(("['blocks']", "['items']"))  # every block and item for itself
+            per_entry = np.abs(leaf).reshape(leaf.shape[0] if stacked else 1, -1).max(axis=1)
+            assert (per_entry > 0).all(), f"{name} gets no gradient"
+    (_, scanned), scanned_grads = value_and_grad(model, images, cotangent, execution="scan")(state)
+    np.testing.assert_array_equal(scanned, logits)
+    assert relative(scanned_grads, grads) < 1e-6
+    (_, again), remat_grads = value_and_grad(model, images, cotangent, execution="unroll", remat="full")(state)
+    np.testing.assert_array_equal(again, logits)
+    assert relative(remat_grads, grads) < 1e-6
+
+
+@each_part
+def test_bfloat16(part, images, cotangent):
+    """In bfloat16 gradients stay finite, parameters stay float32, and logits are near those of float32."""
+    model = parts.build(part.stack, dtype="bfloat16")
+    state = weights(model)
+    (_, logits), grads = value_and_grad(model, images, cotangent)(state)
+    assert logits.dtype == jnp.float32
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+
+
+@each_part
+def test_tokens_stay_consistent(part, images):
+    """Counts are as the program says; positions distinct; owners a partition; sizes what was merged."""
+    model = parts.build(part.stack)
+    output = jax.jit(lambda s: _traced(model, s, images))(weights(model))
+    expected = [s for s in model.program.flat() if hasattr(s, "item")]
+    seen = {(name, inside): leaves for (name, inside), leaves in output.items()}
+    for step in expected:
+        tokens = seen[step.name, False]
+        assert tokens["position"].shape[1] == step.after
+        for row in tokens["position"]:
+            assert len(set(row.tolist())) == len(row), f"{step.name}: two tokens claim one position"
+        size, count_in = tokens.get("size"), model.tokens_per_example
+        for example, owner in enumerate(tokens["owner"]):
+            assert owner.min() >= -1 and owner.max() < step.after
+            carried = np.bincount(owner[owner >= 0], minlength=step.after)
+            assert (carried >= 1).all(), f"{step.name}: a token that carries nothing"
+            np.testing.assert_array_equal(owner[: model.embed.special], np.arange(model.embed.special))
+            if size is not None:
+                np.testing.assert_array_equal(size[example], carried)
+            assert carried.sum() <= count_in
+
+
+def _traced(model, state, images):
+    trace = model.apply(state, {"image": images}, rng=KEY, record=True).trace
+    found = {}
+    for point in trace:
+        facts = {"position": point.tokens.position, "owner": point.tokens.owner}
+        if point.tokens.size is not None:
+            facts["size"] = point.tokens.size
+        found[point.name, point.inside] = facts
+    return found
+
+
+@each_part
+def test_examples_do_not_meet(part, images):
+    """Permuting the batch permutes the outputs; random choices are tied to the row and so are left out."""
+    model = parts.build(part.stack)
+    if stochastic(model):
+        # What is drawn belongs to the row, so the rows that stay keep their outputs when others change.
+        other = images.at[3:].set(images[3:][::-1])
+        order, rows = slice(None), slice(0, 3)
+    else:
+        order = np.array([5, 3, 0, 1, 4, 2])
+        other, rows = images[order], slice(None)
+    apply = jax.jit(lambda state, image: model.apply(state, {"image": image}, train=True, rng=KEY).logits)
+    state = weights(model)
+    np.testing.assert_allclose(
+        apply(state, other)[rows], np.asarray(apply(state, images))[order][rows], atol=2e-5, rtol=2e-5
+    )
+
+
+@each_part
+def test_padding_changes_nothing(part):
+    """What stands in padding tokens cannot change a valid token."""
+    model = parts.build(part.stack)
+    state, program = weights(model), model.program
+    count_in, width = program.present, model.settings.dims()[0]
+    x = jax.random.normal(jax.random.key(5), (3, count_in, width))
+    # Enough valid tokens that padding is never needed to fill a count.
+    valid = jnp.broadcast_to(jnp.arange(count_in) < count_in - 2, (3, count_in))
+    noise = 5 * jax.random.normal(jax.random.key(6), x.shape)
+
+    def run(x):
+        position = jnp.broadcast_to(jnp.arange(count_in), (3, count_in))
+        size = jnp.where(valid, 1.0, 0.0) if program.merges else None
+        tokens = Tokens(x, position, valid=valid, size=size, protected=model.embed.special)
+        done, _ = execute.run(program, state, tokens, Context(KEY, train=True))
+        return done.x, done.valid
+
+    run = jax.jit(run)
+    (plain, alive), (other, alive_too) = run(x), run(jnp.where(valid[..., None], x, noise))
+    np.testing.assert_array_equal(alive, alive_too)
+    np.testing.assert_allclose(np.asarray(plain)[alive], np.asarray(other)[alive], atol=1e-5)
+    assert np.asarray(alive).any()
+
+
+@each_part
+def test_block_weights_belong_to_blocks(part):
+    """Block k starts from the same weights whatever wraps it."""
+    model = parts.build(part.stack)
+    state, plain = model.init(KEY), parts.build(f"block*{model.program.depth}").init(KEY)
+    for kind, tree in plain["blocks"].items():
+        if kind in state["blocks"] and jax.tree.leaves(state["blocks"][kind])[0].shape[0] == model.program.depth:
+            jax.tree.map(np.testing.assert_array_equal, state["blocks"][kind], tree)
+    np.testing.assert_array_equal(state["embed"]["cls"], plain["embed"]["cls"])
+
+
+@each_part
+def test_counted_cost(part, images):
+    """Scanned and unrolled count the same; where tokens are fewer, so are the FLOPs."""
+    model = parts.build(part.stack)
+    shapes = model.abstract_state()
+
+    def forward(how):
+        return lambda s: model.apply(s, {"image": images}, rng=KEY, execution=how).logits
+
+    scanned, unrolled = (count(forward(how), shapes).flops for how in ("scan", "unroll"))
+    assert scanned == unrolled
+    if model.program.after < model.program.present:
+        dense = parts.build(f"block*{model.program.depth}")
+        full = count(lambda s: dense.apply(s, {"image": images}).logits, dense.abstract_state()).flops
+        assert unrolled < full
+
+
+@each_part
+def test_one_trace_for_all_steps(part, images):
+    """Another batch, another key, another step: no retrace."""
+    model = parts.build(part.stack)
+    traces = []
+
+    @jax.jit
+    def step(state, image, key):
+        traces.append(1)
+        return model.apply(state, {"image": image}, train=True, rng=key).logits
+
+    state = weights(model)
+    for i in range(3):
+        step(state, images + i, jax.random.fold_in(KEY, i))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("execution", ["scan", "unroll"])
+@pytest.mark.parametrize("part", IDENTITIES, ids=str)
+def test_identity_equals_dense(part, execution, images, cotangent):
+    """With everything kept, logits equal the dense stack's bit for bit, and gradients to 1e-6 of the largest."""
+    model, dense = parts.build(part.stack), parts.build(parts.dense(part.stack))
+    state = weights(model)
+    plain = {k: v for k, v in state.items() if k != "items"}
+    (_, expected), expected_grads = value_and_grad(dense, images, cotangent, execution=execution)(plain)
+    (_, logits), grads = value_and_grad(model, images, cotangent, execution=execution)(state)
+    np.testing.assert_array_equal(logits, expected)
+    grads.pop("items", None)
+    assert relative(grads, expected_grads) < 1e-6
+    # The operation is really there: the program is not the dense one.
+    text = jax.jit(lambda s: model.apply(s, {"image": images}, execution=execution).logits).lower(state).as_text()
+    assert "sort" in text and "gather" in text, "the item was elided"
+
+
+@pytest.mark.parametrize("name", sorted({p.name for p in FOUND if p.role == "item"}))
+def test_composes_with_others(name, images):
+    """Before a keep, after a skip, beside a merge: two methods in one stack."""
+    own = next(p.stack for p in FOUND if p.name == name)
+    stack = f"block + skip(keep=0.75, by=norm)(block) + {own} + merge(1) + block + keep(0.75, by=norm) + block"
+    if "*" in own.split("+")[-1] or own.rstrip().endswith(")") and not own.rstrip().endswith("(block)"):
+        stack = stack.replace(" + merge(1)", " + block + merge(1)")
+    model = parts.build(stack)
+    logits = jax.jit(lambda s: model.apply(s, {"image": images}, train=True, rng=KEY).logits)(weights(model))
+    assert logits.shape == (6, parts.OUTPUTS) and np.isfinite(logits).all()

@@ -1,0 +1,155 @@
+"""Multi-head self-attention over tokens that carry their own positions, sizes and validity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokenlab.core.errors import ShapeError
+from tokenlab.core.tokens import Tokens
+from tokenlab.ops import attention as ops
+from tokenlab.ops.position import rope
+
+
+class Projections(NamedTuple):
+    """Queries [B, N, H, Dh], keys and values [B, N, G, Dh] (G key heads), after qk-norm and rotary positions."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+Reading: TypeAlias = Callable[[Projections, Tokens], Array]
+"""What an item wants to know of the attention before it, from projections and tokens, without the full map."""
+
+
+def cls_attention(projections: Projections, tokens: Tokens) -> Array:
+    """Attention of the first token (CLS) to every token, averaged over heads: [B, N], float32, rows sum to 1.
+
+    Only the one row is computed: 2*H*Dh*N multiply-adds' FLOPs an example instead of N times that.
+    Source: EViT (Liang et al. 2022, arXiv 2202.07800), section 3.1.
+    """
+    rows = ops.attention_rows(projections.query[:, :1], projections.key, size=tokens.size, valid=tokens.valid)
+    return rows[:, :, 0].mean(axis=1)
+
+
+def mean_key(projections: Projections, tokens: Tokens) -> Array:
+    """Keys averaged over heads, [B, N, Dh], float32: the similarity metric of ToMe (arXiv 2210.09461, 3.2)."""
+    del tokens
+    return projections.key.astype(jnp.float32).mean(axis=2)
+
+
+class Attention(nn.Module):
+    """Self-attention with optional grouped-query heads, qk-norm and rotary positions.
+
+    Works on plain arrays: `Attention(num_heads=6)(x)` with x [B, N, D] gives [B, N, D].
+
+    Attributes:
+      num_heads: H; D must be a multiple of it unless `head_dim` is given.
+      num_kv_heads: G key and value heads; H must be a multiple of it. None: G = H.
+      head_dim: Dh. None: D / H.
+      qk_norm: layer-norm queries and keys over Dh (ViT-22B, arXiv 2302.05442).
+      rope_theta: base of rotary positions read from `coords`; None for none.
+      dtype: compute dtype; parameters stay float32, logits and softmax are computed in float32.
+      implementation: of the attention itself, see `tokenlab.ops.attention.attention`.
+
+    Raises:
+      ShapeError: the head sizes do not divide, or rotary positions are wanted without `coords`.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+    rope_theta: float | None = None
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "query/kernel": ("embed", "heads", None),
+        "query/bias": ("heads", None),
+        "key/kernel": ("embed", "heads", None),
+        "key/bias": ("heads", None),
+        "value/kernel": ("embed", "heads", None),
+        "value/bias": ("heads", None),
+        "out/kernel": ("heads", None, "embed"),
+        "out/bias": (None,),
+    }
+    QK_NORM_AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "query_norm/scale": (None,),
+        "query_norm/bias": (None,),
+        "key_norm/scale": (None,),
+        "key_norm/bias": (None,),
+    }
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
+        return {**self.AXES, **(self.QK_NORM_AXES if self.qk_norm else {})}
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        coords: Array | None = None,
+        size: Array | None = None,
+        valid: Array | None = None,
+        projections: bool = False,
+    ) -> Array | tuple[Array, Projections]:
+        """Mix tokens.
+
+        Args:
+          x: [B, N, D].
+          coords: [B, N] or [B, N, A], positions for RoPE; needed with `rope_theta`.
+          size: [B, N], how many inputs each token stands for: log(size) is added to the logits of its key.
+          valid: [B, N], False for padding, which no query sees.
+          projections: also return the `Projections`, for the readings of the item that follows.
+
+        Returns:
+          [B, N, D] in the compute dtype; with `projections` a pair.
+        """
+        width = x.shape[-1]
+        heads, groups = self.num_heads, self.num_kv_heads or self.num_heads
+        if self.head_dim is None and width % heads:
+            raise ShapeError(f"attention: width {width} is not a multiple of num_heads {heads}; give head_dim.")
+        if heads % groups:
+            raise ShapeError(f"attention: num_heads {heads} is not a multiple of num_kv_heads {groups}.")
+        size_of_head = self.head_dim or width // heads
+
+        def project(name: str, count: int) -> Array:
+            return nn.DenseGeneral(
+                (count, size_of_head),
+                dtype=self.dtype,
+                kernel_init=nn.initializers.xavier_uniform(),
+                name=name,
+            )(x)
+
+        with jax.named_scope("projections"):
+            query, key, value = project("query", heads), project("key", groups), project("value", groups)
+        if self.qk_norm:
+            norm = {"dtype": self.dtype, "epsilon": 1e-6, "use_fast_variance": False}
+            query = nn.LayerNorm(name="query_norm", **norm)(query)
+            key = nn.LayerNorm(name="key_norm", **norm)(key)
+        if self.rope_theta is not None:
+            if coords is None:
+                raise ShapeError("attention: rotary positions need coords [B, N, A], got None.")
+            query = rope(query, coords, self.rope_theta)
+            key = rope(key, coords, self.rope_theta)
+        with jax.named_scope("maps"):
+            mixed = ops.attention(
+                query, key, value, size=size, valid=valid, implementation=self.implementation
+            )
+        with jax.named_scope("projections"):
+            out = nn.DenseGeneral(
+                width,
+                axis=(-2, -1),
+                dtype=self.dtype,
+                kernel_init=nn.initializers.xavier_uniform(),
+                name="out",
+            )(mixed)
+        return (out, Projections(query, key, value)) if projections else out

@@ -1,0 +1,189 @@
+"""The pre-norm transformer block, in two halves so that something may happen between them.
+
+    x = x + scale_a * Attention(LayerNorm(x))
+    x = x + scale_f * FFN(LayerNorm(x))
+
+A block is not one Linen module but a bundle of them, since its weights live stacked by kind over the whole stack:
+`blocks/attention_norm [L, ...]`, `blocks/attention [L, ...]`, `blocks/ffn_norm [L, ...]`, `blocks/mlp [L_mlp, ...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers.attention import Attention, Reading
+from tokenlab.layers.context import Aux, Context
+from tokenlab.sharding.constrain import constrain
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over D with scale and bias, eps 1e-6, statistics in float32 (Ba et al. 2016, arXiv 1607.06450).
+
+    Attributes:
+      dtype: of the result; parameters stay float32.
+    """
+
+    dtype: Any = jnp.float32
+
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"scale": (None,), "bias": (None,)}
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
+        return self.AXES
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        width = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        variance = (centred * centred).mean(axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias).astype(self.dtype)
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel on a residual branch (Touvron et al. 2021, arXiv 2103.17239, eq. 2).
+
+    Attributes:
+      initial: value of all factors at initialisation.
+    """
+
+    initial: float
+
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"scale": (None,)}
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
+        return self.AXES
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        scale = self.param("scale", nn.initializers.constant(self.initial), (x.shape[-1],), jnp.float32)
+        return x * scale.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The modules of one block.
+
+    Attributes:
+      attention: maps [B, N, D] to [B, N, D].
+      ffn: the same; called with `valid` and `train`.
+      ffn_name: the kind under which its weights are stacked, "mlp" or a method's name.
+      layer_scale: initial value of LayerScale, None for none.
+      drop_path: True when residual branches are dropped in training (rates are per block, in `Depth.rate`).
+      dtype: compute dtype.
+    """
+
+    attention: Attention
+    ffn: nn.Module
+    ffn_name: str = "mlp"
+    layer_scale: float | None = None
+    drop_path: bool = False
+    dtype: Any = jnp.float32
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Slot -> module, in order of use. Slots are the kinds of `blocks/`, but for "ffn" (see `ffn_name`)."""
+        found: dict[str, nn.Module] = {"attention_norm": LayerNorm(self.dtype), "attention": self.attention}
+        if self.layer_scale is not None:
+            found["attention_scale"] = LayerScale(self.layer_scale)
+        found |= {"ffn_norm": LayerNorm(self.dtype), "ffn": self.ffn}
+        if self.layer_scale is not None:
+            found["ffn_scale"] = LayerScale(self.layer_scale)
+        return found
+
+    def attend(
+        self,
+        params: Mapping[str, Any],
+        tokens: Tokens,
+        context: Context,
+        depth: Depth,
+        readings: Mapping[str, Reading],
+    ) -> tuple[Tokens, dict[str, Array]]:
+        """The attention half, and what the next item wants to read of it.
+
+        Args:
+          params: slot -> parameters.
+          tokens: [B, N, ...].
+          context: of this step.
+          depth: which block this is.
+          readings: name -> what to compute from the projections.
+
+        Returns:
+          tokens with new features; name -> reading.
+        """
+        modules = self.modules()
+        normed = _apply(modules["attention_norm"], params["attention_norm"], tokens.x)
+        found: dict[str, Array] = {}
+        with jax.named_scope("attention"):
+            facts = {"coords": tokens.coords, "size": tokens.size, "valid": tokens.valid}
+            mixed, projections = _apply(self.attention, params["attention"], normed, **facts, projections=True)
+            with jax.named_scope("readings"):
+                for name, reading in readings.items():
+                    found[name] = reading(projections, tokens)
+        return self._residual(modules, params, "attention", tokens, mixed, context, depth), found
+
+    def feed(
+        self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
+    ) -> tuple[Tokens, Aux]:
+        """The feed-forward half, with the losses and metrics of its router, if it has one."""
+        modules = self.modules()
+        normed = _apply(modules["ffn_norm"], params["ffn_norm"], tokens.x)
+        with jax.named_scope(self.ffn_name):
+            rngs = {"ffn": context.key("ffn", depth.index)} if context.train else None
+            out = _apply(self.ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train)
+        y, aux = out if isinstance(out, tuple) else (out, Aux())
+        return self._residual(modules, params, "ffn", tokens, y, context, depth), aux
+
+    def _residual(
+        self,
+        modules: Mapping[str, nn.Module],
+        params: Mapping[str, Any],
+        half: str,
+        tokens: Tokens,
+        y: Array,
+        context: Context,
+        depth: Depth,
+    ) -> Tokens:
+        if self.layer_scale is not None:
+            y = _apply(modules[f"{half}_scale"], params[f"{half}_scale"], y)
+        if self.drop_path and context.train:
+            y = drop_path(y, depth.rate, context.key(f"drop_path_{half}", depth.index))
+        return tokens.replace(x=constrain(tokens.x + y, "batch", None, None))
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Which block this is: arrays, since a scanned block does not know it statically.
+
+    Attributes:
+      index: k, [], int32.
+      rate: probability that a residual branch is dropped, [], float32 in [0, 1).
+    """
+
+    index: Array
+    rate: Array
+
+
+def drop_path(y: Array, rate: Array, key: Array) -> Array:
+    """Drop the whole branch of an example with probability `rate`, scaling the rest by 1 / (1 - rate).
+
+    Source: Huang et al. 2016, arXiv 1603.09382. y: [B, N, D]; rate: [], in [0, 1).
+    """
+    alive = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(alive, y / (1 - rate).astype(y.dtype), jnp.zeros((), y.dtype))
+
+
+def _apply(module: nn.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    return module.apply({"params": params}, *args, **kwargs)

@@ -1,0 +1,34 @@
+"""Feed-forward layers for `block(ffn=...)`: one module a file, found by its name.
+
+A file offers `ffn(defaults, **arguments) -> nn.Module`; the module maps [B, N, D] to [B, N, D], or to a pair of that
+and an `Aux` of losses and metrics. It is called as `module(x, valid=..., train=...)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenlab.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FFNDefaults:
+    """What a feed-forward layer takes from its model when the stack does not say otherwise.
+
+    Attributes:
+      hidden: hidden width of the model's dense layer.
+      activation: name of the model's activation, see `tokenlab.layers.activation`.
+      dtype: compute dtype.
+    """
+
+    hidden: int
+    activation: str
+    dtype: Any
+
+
+def width_of(hidden: int | None, default: int) -> int:
+    """The hidden width asked for, or the default. Raises ConfigError below 1."""
+    if hidden is not None and hidden < 1:
+        raise ConfigError(f"hidden must be at least 1; got {hidden}.")
+    return default if hidden is None else hidden

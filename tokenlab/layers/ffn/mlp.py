@@ -1,0 +1,56 @@
+"""mlp: the dense two-layer feed-forward network of the transformer (Vaswani et al. 2017, arXiv 1706.03762)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokenlab.layers.activation import activation
+from tokenlab.layers.ffn import FFNDefaults, width_of
+
+
+class MLP(nn.Module):
+    """y = act(x W_up + b_up) W_down + b_down on every token alone.
+
+    Attributes:
+      hidden: width F of the hidden layer.
+      activation: its name.
+      dtype: compute dtype; parameters stay float32.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "up/kernel": ("embed", "mlp"),
+        "up/bias": ("mlp",),
+        "down/kernel": ("mlp", "embed"),
+        "down/bias": (None,),
+    }
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
+        return self.AXES
+
+    @nn.compact
+    def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> Array:
+        """[B, N, D] -> [B, N, D]. Tokens do not meet here, so neither `valid` nor `train` changes anything."""
+        del valid, train
+        with jax.named_scope("up"):
+            hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="up")(x)
+        hidden = activation(self.activation)(hidden)
+        with jax.named_scope("down"):
+            return nn.Dense(
+                x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="down"
+            )(hidden)
+
+
+def ffn(defaults: FFNDefaults, *, hidden: int | None = None) -> MLP:
+    """`block(ffn=mlp(hidden=...))`: `hidden` in place of the model's own."""
+    return MLP(width_of(hidden, defaults.hidden), defaults.activation, defaults.dtype)

@@ -1,0 +1,137 @@
+"""What stands between and around blocks: the contracts of stack items and of the scores they rank tokens by.
+
+A method is a frozen dataclass here: its fields are the arguments it takes in the stack, in order. The stack gives it
+`Tokens` and gets `Tokens` back; how many come back is a Python int known before anything is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeAlias
+
+from jax import Array
+
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers.attention import Reading
+from tokenlab.layers.context import Aux, Context
+from tokenlab.ops import select
+
+Amount: TypeAlias = int | float
+"""An int is a count, a float a fraction of the unprotected tokens present; so 1 and 1.0 differ."""
+
+Params: TypeAlias = Mapping[str, Any]
+Axes: TypeAlias = Mapping[str, tuple[str | None, ...]]
+Body: TypeAlias = Callable[[Tokens], tuple[Tokens, Aux]]
+
+
+class Score:
+    """Ranks tokens: `by=NAME` or `by=NAME(arguments)` in an item.
+
+    Subclasses are frozen dataclasses whose fields are their arguments.
+
+    Class attributes:
+      reads: what it wants of the attention of the block just before, by name; given back in `readings`.
+      stochastic: draws from `context`, so equal inputs may rank differently from step to step.
+      needs_cls: reads the first token, so the model must have a CLS token.
+    """
+
+    reads: ClassVar[Mapping[str, Reading]] = {}
+    stochastic: ClassVar[bool] = False
+    needs_cls: ClassVar[bool] = False
+
+    def init(self, key: Array, width: int) -> Params:
+        """Parameters for tokens of `width` D; {} when there is nothing to learn."""
+        del key, width
+        return {}
+
+    def axes(self) -> Axes:
+        """Logical axes of the parameters by path."""
+        return {}
+
+    def __call__(self, params: Params, tokens: Tokens, readings: Mapping[str, Array], key: Array) -> Array:
+        """Scores [B, N], float32; the larger, the sooner a token is kept. Protected tokens' scores are not read."""
+        raise TypeError(f"{type(self).__name__} does not define __call__.")
+
+
+class Item:
+    """A step of the stack that is not a block: `keep(0.5)`, or around blocks: `skip(keep=0.5)(block*2)`.
+
+    Subclasses are frozen dataclasses whose fields are their arguments, typed `Amount`, `int`, `float`, `bool`,
+    `Score` (each optionally `| None`).
+
+    Class attributes:
+      wraps: takes a body, `name(arguments)(body)`.
+      reads: what it wants of the attention of the block just before; a score's wishes are added by the item.
+      merges: makes tokens that stand for several, so that `Tokens.size` must exist from the start.
+      needs_cls: reads the first token, so the model must have a CLS token (scores say so for themselves).
+      causal: a token's fate depends on no later token, so that the item may stand in a causal model.
+      identity: a stack in which the item keeps everything and so must equal the same stack without it, bit for bit;
+        None when the method has no such setting.
+      examples: stacks the contract tests run. At least one, for models of 16 patches, a CLS token and width 16.
+    """
+
+    wraps: ClassVar[bool] = False
+    reads: ClassVar[Mapping[str, Reading]] = {}
+    merges: ClassVar[bool] = False
+    needs_cls: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    identity: ClassVar[str | None] = None
+    examples: ClassVar[tuple[str, ...]] = ()
+    train_only: bool = False
+
+    def scores(self) -> tuple[Score, ...]:
+        """The scores this item ranks by."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Score))
+
+    def readings(self) -> Mapping[str, Reading]:
+        """All that must be read of the block just before."""
+        wanted = dict(self.reads)
+        for score in self.scores():
+            wanted.update(score.reads)
+        return wanted
+
+    def init(self, key: Array, width: int) -> Params:
+        """Parameters for tokens of `width` D: those of its score under "score"; {} when nothing is learned."""
+        for score in self.scores():
+            if params := score.init(key, width):
+                return {"score": params}
+        return {}
+
+    def axes(self) -> Axes:
+        """Logical axes of the parameters by path."""
+        return {f"score/{path}": axes for score in self.scores() for path, axes in score.axes().items()}
+
+    def count(self, present: int, protected: int) -> int:
+        """Tokens after the item when `present` (of which `protected`) come in; raises TokenLabError if it cannot be."""
+        del protected
+        return present
+
+    def inside(self, present: int, protected: int) -> int:
+        """Tokens a wrapper's body sees."""
+        return self.count(present, protected)
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Tokens,
+        context: Context,
+        readings: Mapping[str, Array],
+        key: Array,
+        body: Body | None,
+    ) -> tuple[Tokens, Aux]:
+        """Apply the item.
+
+        Args:
+          params: its own, from `init`.
+          tokens: [B, N, ...].
+          context: of this step.
+          readings: what `readings()` asked for, of the block just before.
+          key: random key of this occurrence at this step.
+          body: for wrappers, the stack inside.
+        """
+        raise TypeError(f"{type(self).__name__} does not define __call__.")
+
+
+def kept(amount: Amount, present: int, protected: int, what: str) -> int:
+    """Unprotected tokens that `amount` keeps of those present; see `tokenlab.ops.select.count`."""
+    return select.count(amount, present - protected, what=what)

@@ -1,0 +1,66 @@
+"""keep: the best-scored tokens go on, the rest is dropped for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jax import Array
+
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers.context import Aux, Context
+from tokenlab.layers.item import Amount, Body, Item, Params, Score, kept
+from tokenlab.layers.scores.norm import Norm
+from tokenlab.ops import carry, select
+from tokenlab.ops.gate import straight_through
+from tokenlab.ops.gather import gather
+
+
+@dataclass(frozen=True)
+class Keep(Item):
+    """`keep(0.5, by=cls)`: keep half of the unprotected tokens; the blocks that follow are cheaper by what is gone.
+
+    Attributes:
+      amount: how many to keep: an int in 1..present, or a fraction in (0, 1] of the unprotected tokens present.
+      by: the score; the larger, the sooner kept. Ties go to the earlier token.
+      train_only: removed at evaluation.
+    """
+
+    amount: Amount
+    by: Score = Norm()
+    train_only: bool = False
+
+    identity: ClassVar[str] = "block + keep(1.0, by=cls) + block"
+    examples: ClassVar[tuple[str, ...]] = (
+        "block + keep(0.5, by=cls) + block",
+        "keep(5, by=random) + block*2",
+        "block + keep(0.5, by=learned) + block",
+        "block(between=keep(0.5, by=cls)) + block",
+    )
+
+    def count(self, present: int, protected: int) -> int:
+        """K plus the protected tokens."""
+        return protected + kept(self.amount, present, protected, "keep")
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Tokens,
+        context: Context,
+        readings: Mapping[str, Array],
+        key: Array,
+        body: Body | None = None,
+    ) -> tuple[Tokens, Aux]:
+        """[B, N, ...] -> [B, protected + K, ...], in the order of position."""
+        scores = self.by(params.get("score", {}), tokens, readings, key)
+        wanted = kept(self.amount, tokens.count, tokens.protected, "keep")
+        indices = select.top_k(scores, wanted, protected=tokens.protected, valid=tokens.valid)
+        part = carry.take(tokens, indices)
+        if params:  # the score learns through what it keeps
+            gate = gather(scores, indices)
+            part = part.replace(x=straight_through(part.x, part.x, gate, protected=part.protected))
+        return part, Aux()
+
+
+item = Keep

@@ -1,0 +1,70 @@
+"""skip: only some tokens pass through the body, the others go around it and are there again after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jax import Array
+
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers.context import Aux, Context
+from tokenlab.layers.item import Amount, Body, Item, Params, Score, kept
+from tokenlab.layers.scores.random import Random
+from tokenlab.ops import carry, select
+from tokenlab.ops.gate import straight_through
+from tokenlab.ops.gather import gather
+
+
+@dataclass(frozen=True)
+class Skip(Item):
+    """`skip(keep=0.5, by=random)(block*2)`: gather the kept tokens, run the body on them, scatter them back.
+
+    Attention inside the body sees the kept tokens alone, at their own positions. `skip(keep=0.5)(block)*10` lets every
+    block draw its own subset (random-LTD, Yao et al. 2022, arXiv 2211.11586, section 3).
+
+    Attributes:
+      keep: how many pass through the body: an int in 1..present, or a fraction in (0, 1] of the unprotected tokens.
+      by: the score; the larger, the sooner a token passes through the body.
+      train_only: at evaluation every token passes through the body.
+    """
+
+    keep: Amount
+    by: Score = Random()
+    train_only: bool = False
+
+    wraps: ClassVar[bool] = True
+    identity: ClassVar[str] = "block + skip(keep=1.0)(block)"
+    examples: ClassVar[tuple[str, ...]] = (
+        "block + skip(keep=0.5, by=random)(block)*2",
+        "block + skip(keep=6, by=cls)(block*2)",
+        "skip(keep=0.5, by=learned)(block) + block",
+    )
+
+    def inside(self, present: int, protected: int) -> int:
+        """K plus the protected tokens."""
+        return protected + kept(self.keep, present, protected, "skip: keep")
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Tokens,
+        context: Context,
+        readings: Mapping[str, Array],
+        key: Array,
+        body: Body | None = None,
+    ) -> tuple[Tokens, Aux]:
+        """[B, N, ...] -> [B, N, ...]; tokens that are not kept come out as they went in."""
+        scores = self.by(params.get("score", {}), tokens, readings, key)
+        wanted = kept(self.keep, tokens.count, tokens.protected, "skip: keep")
+        indices = select.top_k(scores, wanted, protected=tokens.protected, valid=tokens.valid)
+        part = carry.take(tokens, indices)
+        done, aux = body(part)
+        if params:  # the score learns through what the body changed
+            gate = gather(scores, indices)
+            done = done.replace(x=straight_through(done.x, done.x - part.x, gate, protected=done.protected))
+        return carry.restore(tokens, done, indices), aux
+
+
+item = Skip

@@ -1,0 +1,35 @@
+"""What every model returns from `apply`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flax import struct
+from jax import Array
+
+from tokenlab.layers.context import Aux
+from tokenlab.layers.execute import TracePoint
+
+
+@struct.dataclass
+class Output:
+    """Logits and everything else of one forward pass; what is not used, `jit` prunes.
+
+    Attributes:
+      logits: [B, outputs], float32.
+      features: what the head reads, [B, D], after the final norm.
+      tokens: all tokens after the final norm [B, N, D].
+      aux: losses (weighted already) and metrics of the model's parts.
+      trace: tokens at every reduction, when `record` was asked for. Static.
+    """
+
+    logits: Array
+    features: Array
+    tokens: Array
+    aux: Aux
+    trace: tuple[TracePoint, ...] = struct.field(pytree_node=False, default=())
+
+    @property
+    def losses(self) -> Mapping[str, Array]:
+        """Name -> scalar, already weighted."""
+        return self.aux.losses

@@ -1,0 +1,460 @@
+"""From a parsed stack to a program: which block and item runs when, on how many tokens, with which weights.
+
+Everything here is decided before tracing, in plain Python. Blocks are numbered in the order of the expression, whatever
+wraps them; each occurrence of an item has an ordinal among its kind. Weights are looked up by these numbers alone, so a
+checkpoint of `block*12` serves every stack of 12 blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokenlab.core.errors import TokenLabError, suggest
+from tokenlab.core.stack import Call, Node, Repeat, Sequence, Span, Stack
+from tokenlab.layers.attention import Reading
+from tokenlab.layers.bind import Resolver, bind, build_item
+from tokenlab.layers.block import Block
+from tokenlab.layers.context import name_seed
+from tokenlab.layers.ffn import FFNDefaults
+from tokenlab.layers.item import Item
+
+MAX_PERIOD = 16  # the longest repeating pattern of steps that is looked for when folding into loops
+
+Kind: TypeAlias = tuple[str, str]  # ("blocks", "attention"), ("items", "keep"): where in the state a stack of weights is
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """Run one block.
+
+    Attributes:
+      index: k, its number in the expression.
+      block: its modules.
+      kinds: slot -> where its weights are.
+      present: tokens that come in.
+      reads: what the next item wants of its attention.
+      between: an item between its halves.
+    """
+
+    index: int
+    block: Block
+    kinds: tuple[tuple[str, Kind], ...]
+    present: int
+    reads: tuple[tuple[str, Reading], ...] = ()
+    between: ItemStep | None = None
+
+    @property
+    def after(self) -> int:
+        """Tokens that come out."""
+        return self.between.after if self.between else self.present
+
+    @property
+    def name(self) -> str:
+        """`block_07`."""
+        return f"block_{self.index:02d}"
+
+    def signature(self) -> Any:
+        """Equal for steps that differ only in which weights they use."""
+        between = self.between.signature() if self.between else None
+        return ("block", self.block, self.kinds, self.present, self.reads, between)
+
+    def uses(self) -> dict[Kind, int]:
+        """How many entries of each stack of weights it takes."""
+        used = {kind: 1 for _, kind in self.kinds} | {DEPTH: 1}
+        return _add(used, self.between.uses() if self.between else {})
+
+
+@dataclass(frozen=True)
+class ItemStep:
+    """Run one item.
+
+    Attributes:
+      item: what it does.
+      kind: where its weights are: ("items", name).
+      ordinal: its number among those of its kind.
+      present, after: tokens that come in and go out.
+      inside: tokens that a body sees.
+      active: False for a `train_only` item at evaluation: it is skipped over, its body runs on all tokens.
+      body: steps inside, for wrappers.
+    """
+
+    item: Item
+    kind: Kind
+    ordinal: int
+    present: int
+    after: int
+    inside: int
+    active: bool = True
+    body: tuple[Step, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`keep_00`."""
+        return f"{self.kind[1]}_{self.ordinal:02d}"
+
+    def signature(self) -> Any:
+        """Equal for steps that differ only in which weights they use."""
+        return ("item", self.item, self.kind, self.present, self.active, tuple(s.signature() for s in self.body))
+
+    def uses(self) -> dict[Kind, int]:
+        """How many entries of each stack of weights it takes."""
+        return _add({self.kind: 1}, total_uses(self.body))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Run equal steps `times` times, each time with the next weights."""
+
+    body: tuple[Step, ...]
+    times: int
+
+    def signature(self) -> Any:
+        """Of the body and how often."""
+        return ("loop", self.times, tuple(step.signature() for step in self.body))
+
+    def uses(self) -> dict[Kind, int]:
+        """How many entries of each stack of weights it takes, all times together."""
+        return {kind: count * self.times for kind, count in total_uses(self.body).items()}
+
+
+Step: TypeAlias = BlockStep | ItemStep | Loop
+DEPTH: Kind = ("depth", "")
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One entry of a stack of weights: how to make it, and the seed it depends on alone.
+
+    Attributes:
+      index: number of the block, or ordinal of the item.
+      init: key -> parameters.
+      axes: logical axes by path.
+      maker: the module or item; equal makers make equal shapes.
+    """
+
+    index: int
+    init: Callable[[Array], Any] = field(compare=False)
+    axes: Mapping[str, tuple[str | None, ...]] = field(compare=False)
+    maker: Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a stack does.
+
+    Attributes:
+      stack: the expression.
+      steps: in order, unrolled.
+      kinds: where weights are stacked -> their occurrences in order.
+      depth: L, the number of blocks.
+      present, after: tokens that come in and go out.
+    """
+
+    stack: Stack
+    steps: tuple[Step, ...]
+    kinds: Mapping[Kind, tuple[Occurrence, ...]]
+    depth: int
+    present: int
+    after: int
+
+    def folded(self) -> tuple[Step, ...]:
+        """The steps with equal neighbours folded into loops, for `lax.scan`."""
+        return fold(self.steps)
+
+    def flat(self) -> list[BlockStep | ItemStep]:
+        """Every block and item in the order of execution, bodies and items between halves included."""
+
+        def walk(steps: tuple[Step, ...]) -> list[BlockStep | ItemStep]:
+            found: list[BlockStep | ItemStep] = []
+            for step in steps:
+                found.append(step)
+                if isinstance(step, BlockStep) and step.between:
+                    found.append(step.between)
+                if isinstance(step, ItemStep):
+                    found.extend(walk(step.body))
+            return found
+
+        return walk(self.steps)
+
+    @property
+    def merges(self) -> bool:
+        """True when some active item makes tokens that stand for several."""
+        return any(isinstance(s, ItemStep) and s.active and s.item.merges for s in self.flat())
+
+    def init(self, key: Array) -> dict[str, dict[str, Any]]:
+        """Weights {"blocks": {kind: stacked}, "items": {kind: stacked}}; entry k depends on key, kind and k alone."""
+        state: dict[str, dict[str, Any]] = {"blocks": {}, "items": {}}
+        for (group, name), occurrences in self.kinds.items():
+            base = jax.random.fold_in(key, name_seed(f"{group}/{name}"))
+            keys = [jax.random.fold_in(base, occurrence.index) for occurrence in occurrences]
+            first = occurrences[0]
+            if all(occurrence.maker == first.maker for occurrence in occurrences):
+                made = jax.vmap(first.init)(jnp.stack(keys))
+            else:
+                each = [occurrence.init(key) for occurrence, key in zip(occurrences, keys, strict=True)]
+                made = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            if jax.tree.leaves(made):
+                state[group][name] = made
+        return {group: kinds for group, kinds in state.items() if kinds}
+
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of all weights by path, without the leading stacked axis."""
+        return {
+            f"{group}/{name}/{path}": axes
+            for (group, name), occurrences in self.kinds.items()
+            for path, axes in occurrences[0].axes.items()
+        }
+
+
+def build(
+    stack: Stack,
+    resolver: Resolver,
+    *,
+    block: Block,
+    ffn_defaults: FFNDefaults,
+    width: int,
+    tokens: int,
+    protected: int,
+    has_cls: bool,
+    coordinates: int,
+    train: bool,
+) -> Program:
+    """Work a stack out.
+
+    Args:
+      stack: the parsed expression.
+      resolver: finds items, scores and feed-forward layers.
+      block: the model's own block; `block(ffn=...)` replaces its feed-forward layer.
+      ffn_defaults: what feed-forward layers take from the model.
+      width: D.
+      tokens: N, protected ones included.
+      protected: how many leading tokens are never dropped or merged.
+      has_cls: the first token is a CLS token.
+      coordinates: A, axes of rotary positions.
+      train: False takes `train_only` items out.
+
+    Returns:
+      A `Program` with unrolled steps; `folded()` has loops.
+
+    Raises:
+      StackError: an unknown name or argument, a count that cannot be kept or merged, a reading without a block just
+        before it, a body that changes the number of tokens of a wrapper, no block at all.
+    """
+    builder = _Builder(stack, resolver, block, ffn_defaults, width, protected, has_cls, coordinates, train)
+    steps, after = builder.level([stack.root], tokens)
+    if not builder.blocks:
+        stack.fail(Span(0, len(stack.text)), "holds no block; a stack needs at least one.")
+    kinds = {kind: tuple(found) for kind, found in builder.kinds.items()}
+    return Program(stack, tuple(steps), kinds, builder.blocks, tokens, after)
+
+
+def fold(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Fold runs of equal steps (or of equal patterns of up to 16 steps) into loops, the longest run first.
+
+    A step that the next item reads from differs from its neighbours in that, and so stays outside the loop: the last
+    block before `keep(by=cls)` is peeled off.
+    """
+    steps = tuple(
+        replace(step, body=fold(step.body)) if isinstance(step, ItemStep) and step.body else step for step in steps
+    )
+    signatures = [step.signature() for step in steps]
+    found: list[Step] = []
+    at = 0
+    while at < len(steps):
+        best = (1, 1)  # period, times
+        for period in range(1, min(MAX_PERIOD, (len(steps) - at) // 2) + 1):
+            pattern = signatures[at : at + period]
+            if _reads_before_block(steps[at : at + period]) or _is_read(steps[at + period - 1]):
+                continue  # iterations would depend on each other through a reading
+            times = 1
+            while signatures[at + times * period : at + (times + 1) * period] == pattern:
+                times += 1
+            if times > 1 and period * times > best[0] * best[1]:
+                best = (period, times)
+        period, times = best
+        if times > 1:
+            found.append(Loop(fold(steps[at : at + period]) if period > 1 else steps[at : at + 1], times))
+        else:
+            found.append(steps[at])
+        at += period * times
+    return tuple(found)
+
+
+def _is_read(step: Step) -> bool:
+    return isinstance(step, BlockStep) and bool(step.reads)
+
+
+def _reads_before_block(steps: tuple[Step, ...]) -> bool:
+    first = steps[0]
+    return isinstance(first, ItemStep) and first.active and bool(first.item.readings())
+
+
+def total_uses(steps: tuple[Step, ...]) -> dict[Kind, int]:
+    """How many entries of each stack of weights the steps take together."""
+    return _add(*(step.uses() for step in steps))
+
+
+def _add(*counts: dict[Kind, int]) -> dict[Kind, int]:
+    total: dict[Kind, int] = {}
+    for one in counts:
+        for kind, count in one.items():
+            total[kind] = total.get(kind, 0) + count
+    return total
+
+
+class _Builder:
+    """Walks the tree once, numbering blocks and items and counting tokens."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        resolver: Resolver,
+        block: Block,
+        ffn_defaults: FFNDefaults,
+        width: int,
+        protected: int,
+        has_cls: bool,
+        coordinates: int,
+        train: bool,
+    ):
+        self.stack, self.resolver = stack, resolver
+        self.block, self.ffn_defaults = block, ffn_defaults
+        self.width, self.protected, self.has_cls = width, protected, has_cls
+        self.coordinates, self.train = coordinates, train
+        self.blocks = 0
+        self.kinds: dict[Kind, list[Occurrence]] = {}
+        self.shapes: dict[Kind, Any] = {}
+        self.made: dict[Any, Any] = {}  # maker -> shapes, so that a deep stack is not traced block by block
+
+    def level(self, nodes: list[Node], present: int) -> tuple[list[Step], int]:
+        """Steps of a sequence of nodes at one level of nesting, and the tokens after them."""
+        found: list[Step] = []
+        for call in _calls(nodes):
+            if call.name == "block":
+                found.append(self.block_step(call, present))
+            else:
+                found.append(self.item_step(call, present, found))
+            present = found[-1].after
+        return found, present
+
+    def block_step(self, call: Call, present: int) -> BlockStep:
+        if call.body is not None:
+            self.stack.fail(call.span, "block takes no body; its arguments are ffn=..., between=....")
+        known = {"ffn", "between"}
+        if call.args:
+            self.stack.fail(call.span, "block's arguments need a name: block(ffn=...) or block(between=...).")
+        chosen: dict[str, Call] = {}
+        for name, value in call.kwargs:
+            if name not in known:
+                self.stack.fail(call.span, f"block has no argument {name!r}.{suggest(name, known)}")
+            if not isinstance(value, Call):
+                self.stack.fail(call.span, f"block: {name} must be a name such as mlp; got {value!r}.")
+            chosen[name] = value
+        block = self.block
+        if ffn := chosen.get("ffn"):
+            try:
+                factory = self.resolver.ffn(ffn.name)
+            except TokenLabError as error:
+                self.stack.fail(ffn.span, str(error))
+            block = replace(block, ffn=bind(self.stack, ffn, factory, self.resolver, self.ffn_defaults))
+            block = replace(block, ffn_name=ffn.name)
+        index, self.blocks = self.blocks, self.blocks + 1
+        between = None
+        if call_between := chosen.get("between"):
+            item = build_item(self.stack, call_between, self.resolver)
+            if item.wraps:
+                self.stack.fail(call_between.span, f"{call_between.name} wraps a body and cannot stand between halves.")
+            between = self.finish_item(call_between, item, present)
+        seen = between.after if between else present
+        kinds = []
+        for slot, module in block.modules().items():
+            name = block.ffn_name if slot == "ffn" else slot
+            tokens = seen if slot.startswith("ffn") else present
+            kinds.append((slot, self.add("blocks", name, index, module, self.module_init(module, tokens))))
+        return BlockStep(index, block, tuple(kinds), present, between=between)
+
+    def item_step(self, call: Call, present: int, before: list[Step]) -> ItemStep:
+        item = build_item(self.stack, call, self.resolver)
+        active = self.train or not item.train_only
+        if active and (wanted := item.readings()):
+            self.read(call, before, wanted)
+        return self.finish_item(call, item, present)
+
+    def read(self, call: Call, before: list[Step], wanted: Mapping[str, Reading]) -> None:
+        """Ask the block just before for what the item wants to know of its attention."""
+        at = len(before) - 1
+        while at >= 0 and isinstance(before[at], ItemStep) and not before[at].active and not before[at].body:
+            at -= 1  # items that are taken out at evaluation are looked through
+        if at < 0 or not isinstance(before[at], BlockStep) or before[at].between:
+            self.stack.fail(
+                call.span,
+                f"{call.name} reads the attention of a block just before it, at the same level and over the same "
+                f"tokens; put a block there, or rank by what needs none, such as by=norm.",
+            )
+        before[at] = replace(before[at], reads=tuple({**dict(before[at].reads), **wanted}.items()))
+
+    def finish_item(self, call: Call, item: Item, present: int) -> ItemStep:
+        active = self.train or not item.train_only
+        if not self.has_cls and any(part.needs_cls for part in (item, *item.scores())):
+            self.stack.fail(call.span, f"{call.name} reads the CLS token, and this model has none.")
+        # The ordinal is taken before the body's, so that items are numbered in the order they are written.
+        kind = self.add("items", call.name, None, item, lambda key: item.init(key, self.width))
+        ordinal = self.kinds[kind][-1].index
+        try:
+            inside = item.inside(present, self.protected) if active else present
+            after = item.count(present, self.protected) if active and not item.wraps else present
+        except TokenLabError as error:
+            self.stack.fail(call.span, str(error))
+        body: list[Step] = []
+        if call.body is not None:
+            body, out = self.level([call.body], inside)
+            if out != inside:
+                self.stack.fail(
+                    call.span,
+                    f"the body of {call.name} takes {inside} tokens and gives {out}; it must give back as many, "
+                    "since they return to their places.",
+                )
+        return ItemStep(item, kind, ordinal, present, after, inside, active, tuple(body))
+
+    def add(self, group: str, name: str, index: int | None, maker: Any, init: Callable[[Array], Any]) -> Kind:
+        """Enter an occurrence under `name`, or under `name_2`, ... when its weights have another shape."""
+        if (maker, name) not in self.made:
+            shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+            self.made[maker, name] = (jax.tree.structure(shapes), tuple((s.shape, s.dtype) for s in jax.tree.leaves(shapes)))
+        shapes = self.made[maker, name]
+        number = 1
+        while self.shapes.setdefault(kind := (group, name if number == 1 else f"{name}_{number}"), shapes) != shapes:
+            number += 1
+        found = self.kinds.setdefault(kind, [])
+        found.append(Occurrence(len(found) if index is None else index, init, maker.axes(), maker))
+        return kind
+
+    def module_init(self, module: nn.Module, present: int) -> Callable[[Array], Any]:
+        def init(key: Array) -> Any:
+            x = jnp.zeros((1, present, self.width))
+            wants_coords = getattr(module, "rope_theta", None) is not None
+            facts = {"coords": jnp.zeros((1, present, self.coordinates))} if wants_coords else {}
+            return module.init({"params": key, "ffn": key}, x, **facts).get("params", {})
+
+        return init
+
+
+def _calls(nodes: list[Node]) -> list[Call]:
+    """Sequences and repetitions opened up: the calls of one level in order."""
+    found: list[Call] = []
+    for node in nodes:
+        match node:
+            case Call():
+                found.append(node)
+            case Sequence(parts=parts):
+                found.extend(_calls(list(parts)))
+            case Repeat(body=body, times=times):
+                found.extend(_calls([body]) * times)
+    return found

@@ -1,0 +1,1 @@
+"""One paper, one file, in the folder of its family; found by its name, without a registry."""

@@ -1,0 +1,1 @@
+"""Dropping tokens for good."""

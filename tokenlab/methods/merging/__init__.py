@@ -1,0 +1,1 @@
+"""Merging tokens into fewer."""

@@ -1,0 +1,41 @@
+"""Tasks: what a batch means, the loss and the metrics; one a file, found by its name.
+
+A task file offers `config`, a frozen dataclass of its settings, and `build(config) -> task`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jax import Array
+
+from tokenlab.core import names
+from tokenlab.core.config import to_dataclass
+
+
+class Task(Protocol):
+    """What the training loop knows of an objective.
+
+    Attributes:
+      primary: the metric by which checkpoints are compared.
+      better: "max" or "min" of it.
+    """
+
+    primary: str
+    better: str
+
+    def num_outputs(self, source: Any) -> int:
+        """Logits the model must give for this data. Raises ConfigError when the data does not fit the task."""
+
+    def loss(
+        self, model: Any, params: Any, batch: Mapping[str, Array], *, rng: Array, train: bool
+    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        """Scalar float32 loss, and metrics as name -> (sum, weight), so that they add up over batches."""
+
+
+def build(settings: Mapping[str, Any]) -> Task:
+    """The task that `config.task` describes: `name` of its file, the rest its settings."""
+    settings = dict(settings)
+    module = names.find("tokenlab.tasks", settings.pop("name", "classify"))
+    return module.build(to_dataclass(module.config, settings, path="config.task"))
