@@ -1,0 +1,1 @@
+"""Meshes, where parameters and activations lie on them, and what a compiled program moves between devices."""
