@@ -1,0 +1,363 @@
+"""The command line: `tokenlab train | evaluate | cost | list`.
+
+A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
+help and mistakes on the command line answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenlab.core import names
+from tokenlab.core.errors import ConfigError, NameLookupError, StackError, TokenLabError, suggest
+
+PROGRAM = "tokenlab"
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`--name=VALUE`, or a switch `--name` when `value` is empty."""
+
+    name: str
+    help: str
+    value: str = ""
+    default: str | None = None
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was given to a command.
+
+    Attributes:
+      values: value flags by name; the default, or None, where not given.
+      switches: names of the switches that were given.
+      overrides: dotted key -> text of each `--config.key=text`.
+      words: arguments that are no flags.
+    """
+
+    values: Mapping[str, str | None]
+    switches: frozenset[str]
+    overrides: Mapping[str, str]
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, the flags it takes, and the function that does it.
+
+    Attributes:
+      run: called with the arguments; whatever it prints is the answer.
+      summary: one line for the help.
+      flags: value flags and switches.
+      overrides: takes `--config.key=value`.
+      words: name of the arguments that are no flags, "" when it takes none.
+      hints: flag that it does not take -> what to do instead.
+      more: further lines for its help.
+    """
+
+    run: Callable[[Arguments], None]
+    summary: str
+    flags: tuple[Flag, ...] = ()
+    overrides: bool = False
+    words: str = ""
+    hints: Mapping[str, str] = field(default_factory=dict)
+    more: str = ""
+
+
+def train(arguments: Arguments) -> None:
+    """Train what a configuration describes, or go on with it."""
+    from tokenlab.core import config
+
+    wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
+    from tokenlab.train import run
+
+    run(wanted, arguments.values["workdir"])
+
+
+def evaluate(arguments: Arguments) -> None:
+    """Evaluate trained weights, with another stack if one is given."""
+    workdir = Path(arguments.values["workdir"])
+    if not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    target = _writable(arguments.values["json"])
+    from tokenlab.evaluate import run
+
+    run(
+        str(workdir),
+        overrides=dict(arguments.overrides),
+        split=arguments.values["split"],
+        json=target,
+        pictures="pictures" in arguments.switches,
+    )
+
+
+def cost(arguments: Arguments) -> None:
+    """Print what a configuration costs; nothing is trained."""
+    from tokenlab.core import config
+
+    target = _writable(arguments.values["json"])
+    wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
+    from tokenlab.evaluate import cost_report
+
+    table = cost_report(wanted)
+    if target is not None:
+        Path(target).write_text(json.dumps(table.to_json(), indent=2) + "\n", encoding="utf-8")
+    if "markdown" in arguments.switches:
+        print(table.to_markdown(), end="")
+    else:
+        from rich.console import Console
+
+        Console().print(table.to_rich())
+
+
+def list_(arguments: Arguments) -> None:
+    """List what can be named in a stack and in a configuration."""
+    for name in arguments.words:
+        if name not in SECTIONS:
+            raise NameLookupError(f"list: there is no section {name!r}.{suggest(name, SECTIONS)}")
+    for name in arguments.words or SECTIONS:
+        title, rows = SECTIONS[name]
+        lines = rows()
+        width = max((len(row) for row, _ in lines), default=0)
+        print(f"{title}  [{name}]")
+        for row, summary in lines or [("(none)", "")]:
+            print(f"  {row:<{width}}  {summary.removeprefix(f'{row}: ')}".rstrip())
+        print(flush=True)
+
+
+# Stack items, scores and feed-forward layers stand in two places, as `tokenlab.models.PLACES` says; that package is
+# not imported here, so that listing does not wait for JAX.
+_BLOCK = (
+    "attention and feed-forward; block(ffn=NAME) replaces the latter, block(between=ITEM) stands between."
+)
+
+Rows = list[tuple[str, str]]
+
+
+def _modules(*packages: str, defines: str | None = None) -> Callable[[], Rows]:
+    return lambda: [(found.name, found.summary) for found in names.list_modules(packages, defines=defines)]
+
+
+def _items() -> Rows:
+    return [("block", _BLOCK), *_modules("tokenlab.layers.items", "tokenlab.methods", defines="item")()]
+
+
+def _configs() -> Rows:
+    folder = Path("configs") if Path("configs").is_dir() else Path(__file__).parent.parent / "configs"
+    files = sorted(path for path in folder.glob("**/*.py") if not path.name.startswith("_"))
+    return [(str(path), names.summary(path)) for path in files]
+
+
+def _optimizers() -> Rows:
+    # What optax offers is known only by importing it, which takes a second or two; so this section comes last.
+    import inspect
+
+    import optax
+
+    from tokenlab.train import optimizer
+
+    return [
+        (name, (inspect.getdoc(getattr(optax, name)) or "").partition("\n")[0]) for name in optimizer.names()
+    ]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[], Rows]]] = {
+    "items": ("stack items: block*4 + keep(0.5) + block*8", _items),
+    "scores": (
+        "scores: keep(0.5, by=NAME)",
+        _modules("tokenlab.layers.scores", "tokenlab.methods", defines="score"),
+    ),
+    "ffn": (
+        "feed-forward layers: block(ffn=NAME)",
+        _modules("tokenlab.layers.ffn", "tokenlab.methods", defines="ffn"),
+    ),
+    "methods": ("methods", _modules("tokenlab.methods")),
+    "models": ("models: config.model.name", _modules("tokenlab.models", defines="build")),
+    "tasks": ("tasks: config.task.name", _modules("tokenlab.tasks", defines="build")),
+    "data": ("data sources: config.data.name", _modules("tokenlab.data.sources", defines="build")),
+    "configs": ("configs: --config=FILE", _configs),
+    "optimizers": ("optimizers: config.optimizer.name", _optimizers),
+}
+
+
+_CONFIG = Flag("config", "a Python file, an argument for it after a colon", "FILE[:ARG]", required=True)
+_JSON = Flag("json", "also write the result to this file", "FILE")
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        train,
+        "train what a configuration describes, or go on with it",
+        (_CONFIG, Flag("workdir", "folder of the run; made when missing", "DIR", required=True)),
+        overrides=True,
+    ),
+    "evaluate": Command(
+        evaluate,
+        "evaluate trained weights, with another stack if one is given",
+        (
+            Flag("workdir", "folder of a training run", "DIR", required=True),
+            Flag("split", "split of the data", "NAME", default="test"),
+            _JSON,
+            Flag("pictures", "also draw which tokens each reduction keeps, drops and merges"),
+        ),
+        overrides=True,
+        hints={"config": "the workdir knows its configuration; change fields of it with --config.KEY=VALUE"},
+    ),
+    "cost": Command(
+        cost,
+        "count tokens, parameters and FLOPs of a configuration, layer by layer",
+        (_CONFIG, _JSON, Flag("markdown", "print the table in Markdown")),
+        overrides=True,
+    ),
+    "list": Command(
+        list_,
+        "list stack items, methods, scores, models, tasks, data, optimizers and configs",
+        words="SECTION",
+        more=f"Sections: {', '.join(SECTIONS)}; all by default.",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_help())
+        elif words[0] == "--version":
+            from tokenlab import __version__
+
+            print(f"{PROGRAM} {__version__}")
+        else:
+            _run(words[0], words[1:])
+        sys.stdout.flush()
+    except StackError as error:  # the one message of several lines: a caret stands under the place
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except TokenLabError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(name: str, words: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        what = "flag before a command" if name.startswith("-") else "command"
+        raise NameLookupError(f"unknown {what} {name!r}.{suggest(name, [*COMMANDS, '--help', '--version'])}")
+    if any(word in ("-h", "--help") for word in words):
+        print(_help_of(name))
+    else:
+        command = COMMANDS[name]
+        command.run(parse(name, command, words))
+
+
+def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
+    """Read the words after a command's name.
+
+    A value follows its flag after "=" or as the next word; an override is always `--config.key=value`.
+
+    Raises:
+      ConfigError: an unknown flag (with the nearest), one given twice or without its value, one that is missing, or a
+        word that is no flag.
+    """
+    flags = {flag.name: flag for flag in command.flags}
+    values: dict[str, str | None] = {}
+    switches: set[str] = set()
+    overrides: dict[str, str] = {}
+    others: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        key, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("--config.") and command.overrides:
+            if not equals:
+                raise ConfigError(f"{name}: {word} needs a value: expected {word}=VALUE.")
+            key = key.removeprefix("config.")
+            if key in overrides:
+                raise ConfigError(f"{name}: --config.{key} is given twice.")
+            overrides[key] = value
+            continue
+        if not word.startswith("--") or key not in flags:
+            raise ConfigError(_unknown(name, command, word.partition("=")[0]))
+        if key in values or key in switches:
+            raise ConfigError(f"{name}: --{key} is given twice.")
+        if not flags[key].value:
+            if equals:
+                raise ConfigError(f"{name}: --{key} is a switch and takes no value; got {value!r}.")
+            switches.add(key)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+        if not value:
+            raise ConfigError(f"{name}: --{key} needs a value: expected --{key}={flags[key].value}.")
+        values[key] = value
+    if others and not command.words:
+        hint = f" Did you mean --{others[0]}?" if "=" in others[0] else ""
+        raise ConfigError(f"{name}: unexpected argument {others[0]!r}.{hint}")
+    for flag in command.flags:
+        if flag.required and flag.name not in values:
+            raise ConfigError(f"{name}: --{flag.name}={flag.value} is missing ({flag.help}).")
+        if flag.value:
+            values.setdefault(flag.name, flag.default)
+    return Arguments(values, frozenset(switches), overrides, tuple(others))
+
+
+def _unknown(name: str, command: Command, flag: str) -> str:
+    key = flag.lstrip("-")
+    for hinted, hint in command.hints.items():
+        if key == hinted:
+            return f"{name} takes no --{key}: {hint}."
+    head, dot, tail = key.partition(".")
+    if dot and command.overrides:  # --confg.steps, or --model.stack without the "config."
+        dotted = f"config.{tail}" if "mean" in suggest(head, ["config"]) else f"config.{key}"
+        return f"{name}: unknown flag {flag}. Did you mean --{dotted}?"
+    known = [*(f"--{each.name}" for each in command.flags), "--help"]
+    return f"{name}: unknown flag {flag}.{suggest(f'--{key}', known)}"
+
+
+def _writable(path: str | None) -> str | None:
+    """Check before the work is done that its result can be written."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ConfigError(f"--json={path} cannot be written: expected a file in a folder that exists.")
+    return path
+
+
+def _help() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND [flags]    ({PROGRAM} COMMAND --help says more)", ""]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _help_of(name: str) -> str:
+    command = COMMANDS[name]
+    usage, lines = [PROGRAM, name], []
+    for flag in command.flags:
+        shown = f"--{flag.name}={flag.value}" if flag.value else f"--{flag.name}"
+        usage.append(shown if flag.required else f"[{shown}]")
+        default = f" (default: {flag.default})" if flag.default is not None else ""
+        lines.append(f"  {shown:<22} {flag.help}{default}")
+    if command.overrides:
+        usage.append("[--config.KEY=VALUE ...]")
+        lines.append(f"  {'--config.KEY=VALUE':<22} replace a field of the configuration; any number of them")
+    if command.words:
+        usage.append(f"[{command.words} ...]")
+    about = f"{command.summary[0].upper()}{command.summary[1:]}."
+    return "\n".join([f"usage: {' '.join(usage)}", "", about, "", *lines, command.more]).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
