@@ -1,0 +1,134 @@
+"""The real ViT in an experiment: sharded against one device, other stacks for evaluation, resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections.config_dict import ConfigDict
+
+from tokenlab.core.config import override
+from tokenlab.core.errors import ConfigError, TokenLabError
+from tokenlab.train import experiment, loop, state
+from tokenlab.train import step as steps
+from tokenlab.train.config import default_config
+from tokenlab.train.experiment import Experiment
+from tokenlab.train.records import read_metrics
+
+STACK = "block + keep(k, by=random) + block"
+
+
+def config(**changes: Any) -> ConfigDict:
+    found = default_config()
+    found.update(steps=10, batch_size=16, log_every=4, eval_every=5, checkpoint_every=3)
+    found.model.update(size="nano/4", stack=STACK)
+    found.stack_vars.k = 0.5
+    found.eval.batch_size = 64
+    found.mesh.update(data=2, fsdp=2, tensor=2)
+    return override(found, changes)
+
+
+@pytest.fixture(scope="module")
+def built() -> Experiment:
+    return experiment.build(config(**{"optimizer.ema": 0.9, "optimizer.accumulate": 2}))
+
+
+def test_sharded_steps_equal_those_of_one_device(built: Experiment) -> None:
+    """Over data, fsdp and tensor axes; with accumulation, averaging and a random choice of tokens."""
+    sharded = built.init()
+    kernel = sharded.params["blocks"]["mlp"]["up"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8 and not kernel.sharding.is_fully_replicated
+    moments = [leaf for leaf in jax.tree.leaves(sharded.optimizer) if leaf.shape == kernel.shape]
+    assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+    one = state.create(built.model, built.optimizer, built.metric_names, built.config.seed)
+    alone = steps.make_train_step(built.model, built.task, built.optimizer)
+    with jax.set_mesh(built.mesh):
+        together = built.train_step(0).lower(sharded, built.put(built.stream.batch(0))).compile()
+    for number in range(4):
+        batch = built.stream.batch(number)
+        one, expected = alone(one, batch)
+        sharded, report = together(sharded, built.put(batch))
+        np.testing.assert_allclose(report.loss, expected.loss, rtol=1e-5)
+    leaves = zip(
+        jax.tree.leaves((sharded.params, sharded.ema)), jax.tree.leaves((one.params, one.ema)), strict=True
+    )
+    for mine, theirs in leaves:
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_counted_flops_do_not_depend_on_accumulation_or_mesh(built: Experiment) -> None:
+    plain = experiment.build(config(**{"mesh.fsdp": 1, "mesh.tensor": 1, "mesh.data": 8}))
+    assert built.step_cost(0).model_flops == plain.step_cost(0).model_flops > 0
+
+
+def test_facts_are_those_of_the_model(built: Experiment) -> None:
+    facts = built.facts()
+    assert facts["stack"] == facts["eval_stack"] == "block + keep(0.5, by=random) + block"
+    assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(built.model.abstract_state()))
+    assert facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+
+
+@pytest.mark.slow
+def test_a_run_of_the_real_model_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharded, with random choices of tokens, dense in evaluation."""
+    settings = config(**{"eval.stack": "block*2", "model.drop_path": 0.1})
+    loop.run(settings, tmp_path / "whole")
+    put, asked = Experiment.put, []
+
+    def stop(self: Experiment, batch: Any) -> Any:
+        asked.append(len(batch["mask"]))
+        if asked.count(16) == 8:
+            raise KeyboardInterrupt
+        return put(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Experiment, "put", stop)
+        loop.run(settings, tmp_path / "parts")
+    loop.run(settings, tmp_path / "parts")
+    whole, parts = (
+        [{**r, "seconds": 0} for r in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    )
+    assert parts == whole
+    assert [record["split"] for record in whole].count("validation") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"eval.stack": "block*3"}, ConfigError, ["config.eval.stack needs blocks/", "as many blocks"]),
+        (
+            {"eval.stack": "block + keep(0.5, by=learned) + block"},
+            ConfigError,
+            ["items/keep", "does not have it"],
+        ),
+        ({"eval.stack": "block + keep(0.5, by=clss) + block"}, TokenLabError, ["clss", "cls"]),
+        ({"stack_vars.k": "0:0.5, 5:1.5"}, TokenLabError, ["1.5"]),
+        ({"stack_vars.m": 1}, TokenLabError, ["m"]),
+        ({"model.size": "nano/3"}, TokenLabError, ["patch 3"]),
+        ({"model.sizee": "nano/4"}, ConfigError, ["sizee", "size"]),
+        ({"model.name": "vitt"}, TokenLabError, ["vitt", "vit"]),
+        ({"mesh.tensor": 4, "mesh.data": 1}, TokenLabError, ["heads", "tensor=4"]),
+    ],
+)
+def test_what_does_not_fit_is_said_when_the_experiment_is_built(
+    changes: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        experiment.build(config(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_evaluation_with_other_numbers_for_the_stack(built: Experiment) -> None:
+    """The numbers of the last step done hold for the evaluation after it."""
+    changing = experiment.build(config(**{"stack_vars.k": "0:1.0, 4:0.25"}))
+    assert [changing.eval_model(at).stack_text for at in (0, 4, 5)] == [
+        "block + keep(1.0, by=random) + block",
+        "block + keep(1.0, by=random) + block",
+        "block + keep(0.25, by=random) + block",
+    ]
+    assert changing.train_step(0) is changing.train_step(3)
+    assert changing.train_step(0) is not changing.train_step(4)

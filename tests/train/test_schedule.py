@@ -1,0 +1,131 @@
+"""Schedules against their equations, worked out by hand in NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tokenlab.core.errors import ConfigError, NameLookupError
+from tokenlab.train import schedule
+from tokenlab.train.config import ScheduleConfig
+
+PEAK, TOTAL = 0.4, 100
+
+
+def values(config: ScheduleConfig, total: int = TOTAL) -> np.ndarray:
+    rate = jax.vmap(schedule.build(config, PEAK, total))(np.arange(total + 1))
+    return np.broadcast_to(np.asarray(rate), (total + 1,))
+
+
+def test_constant() -> None:
+    np.testing.assert_allclose(values(ScheduleConfig("constant", warmup_steps=0)), PEAK, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+@pytest.mark.parametrize("warmup", [10, 0.1])
+def test_warmup_is_a_straight_line_from_zero_to_the_peak(name: str, warmup: int | float) -> None:
+    rates = values(ScheduleConfig(name, warmup_steps=warmup))
+    np.testing.assert_allclose(rates[:11], PEAK * np.arange(11) / 10, rtol=1e-6)
+    assert rates.max() <= PEAK * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_linear_and_cosine(warmup: int, final: float) -> None:
+    part = np.arange(TOTAL - warmup + 1) / (TOTAL - warmup)
+    linear = values(ScheduleConfig("linear", warmup, final))[warmup:]
+    np.testing.assert_allclose(linear, PEAK * (1 - (1 - final) * part), rtol=1e-5, atol=1e-7)
+    cosine = values(ScheduleConfig("cosine", warmup, final))[warmup:]
+    expected = PEAK * (final + (1 - final) * (1 + np.cos(np.pi * part)) / 2)
+    np.testing.assert_allclose(cosine, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_rsqrt_with_timescale_of_the_warmup_is_the_curve_of_vaswani() -> None:
+    rates = values(ScheduleConfig("rsqrt", warmup_steps=16))
+    steps = np.arange(TOTAL + 1)
+    expected = PEAK * np.minimum(np.sqrt(16 / np.maximum(steps, 1)), steps / 16)
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_rsqrt_timescale() -> None:
+    rates = values(ScheduleConfig("rsqrt", warmup_steps=0, timescale=25))
+    np.testing.assert_allclose(rates[[0, 75]], [PEAK, PEAK / 2], rtol=1e-6)
+
+
+def test_wsd_is_flat_and_then_falls() -> None:
+    rates = values(ScheduleConfig("wsd", warmup_steps=10, decay_steps=0.25, final=0.2))
+    np.testing.assert_allclose(rates[10:76], PEAK, rtol=1e-6)
+    np.testing.assert_allclose(rates[75:], PEAK * (1 - 0.8 * np.arange(26) / 25), rtol=1e-5)
+
+
+def test_describe_says_what_is_built() -> None:
+    text = schedule.describe(ScheduleConfig("wsd", warmup_steps=10, decay_steps=25, final=0.1), PEAK, TOTAL)
+    assert text == "wsd from 0.4 to 0.04 over 100 steps, falling in the last 25, the first 10 of them warm-up"
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        (dict(name="cosin"), NameLookupError, ["'cosin'", "Did you mean 'cosine'?"]),
+        (dict(name="warmup_cosine"), NameLookupError, ["'cosine'", "warmup_steps"]),
+        (dict(name="cosine", decay_steps=3), ConfigError, ["decay_steps", "wsd"]),
+        (dict(name="constant", final=0.5), ConfigError, ["final", "linear, cosine, wsd"]),
+        (dict(name="linear", timescale=3), ConfigError, ["timescale", "rsqrt"]),
+        (dict(name="linear", warmup_steps=100), ConfigError, ["warmup_steps", "100"]),
+        (dict(name="rsqrt", warmup_steps=0), ConfigError, ["timescale", "at least 1"]),
+        (dict(name="wsd", warmup_steps=50, decay_steps=60), ConfigError, ["decay_steps", "1 to 50"]),
+        (dict(warmup_steps=-1), ConfigError, ["warmup_steps", "-1"]),
+        (dict(warmup_steps=1.5), ConfigError, ["warmup_steps", "1.5"]),
+        (dict(final=2.0), ConfigError, ["final", "2.0"]),
+        (dict(final=float("nan")), ConfigError, ["final", "nan"]),
+    ],
+)
+def test_wrong_schedules(config: dict, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        schedule.build(ScheduleConfig(**config), PEAK, TOTAL)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_stack_vars_are_a_function_of_the_step() -> None:
+    variables = schedule.stack_vars({"k": "0:1.0, 10:0.5,20: 4, 30:1.0", "n": 3})
+    assert [variables.at(step)["k"] for step in (0, 9, 10, 19, 20, 29, 30, 99)] == [
+        1.0,
+        1.0,
+        0.5,
+        0.5,
+        4,
+        4,
+        1.0,
+        1.0,
+    ]
+    assert isinstance(variables.at(25)["k"], int)
+    assert variables.at(0)["n"] == 3
+    assert variables.changes(25) == [0, 10, 20]
+    # Back at 1.0 after step 30: no new set of values.
+    assert variables.distinct(100) == [{"k": 1.0, "n": 3}, {"k": 0.5, "n": 3}, {"k": 4, "n": 3}]
+    assert variables.distinct(10) == [{"k": 1.0, "n": 3}]
+
+
+def test_a_count_and_a_fraction_are_distinct_values() -> None:
+    variables = schedule.stack_vars({"k": "0:1, 5:1.0"})
+    assert len(variables.distinct(10)) == 2
+    assert schedule.values_key(variables.at(0)) != schedule.values_key(variables.at(5))
+
+
+@pytest.mark.parametrize(
+    "value", ["", "5:1.0", "0:1.0, 0:0.5", "0:1.0, 9:0.5, 8:0.2", "0:x", "0", "0:nan", True, None, "-1:2"]
+)
+def test_wrong_stack_vars(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"config\.stack_vars\.k"):
+        schedule.stack_vars({"k": value})
+
+
+def test_schedule_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ScheduleConfig().name = "linear"  # type: ignore[misc]

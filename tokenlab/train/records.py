@@ -1,0 +1,349 @@
+"""The folder of a run: whose it is, what it ran on, and its records, each of them once.
+
+config.json            the configuration; a workdir belongs to one
+run.json               versions, devices and facts of this session; `history` holds the sessions before it
+metrics.jsonl          one JSON object a line: step, split, metrics
+metrics.aside-1.jsonl  records that a resumed run makes anew, moved out of its way
+tensorboard/           the same records for TensorBoard
+checkpoints/           see tokenlab/train/checkpoint.py
+.lock                  held by the process that trains here
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import math
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections.config_dict import ConfigDict
+
+import tokenlab
+from tokenlab.core.config import diff, from_json, to_json
+from tokenlab.core.errors import ConfigError, DataError, TokenLabError
+from tokenlab.train import metrics_file
+from tokenlab.train.metrics_file import MetricsFile
+
+MAY_CHANGE = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+"""Keys of the configuration that may be others when a run goes on."""
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Workdir:
+    """The folder of one run, open for one process to write to; a context manager.
+
+    Args:
+        path: the folder; made, on entering, when missing.
+        config: the configuration of the run.
+        primary: whether this process writes. Of the processes of one job only the first does, and in the others
+            the methods do nothing. None: `jax.process_index() == 0`.
+
+    Attributes:
+        path: the folder.
+        checkpoints: the folder for checkpoints in it.
+        notes: what is to be told about it after entering, one line each.
+
+    Entering raises:
+        ConfigError: the folder belongs to a run of another configuration (the keys that differ are named; those of
+            `MAY_CHANGE` may differ) or to an unknown one, another process trains in it, or it cannot be made.
+            It stays as it was.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any] | ConfigDict,
+        *,
+        primary: bool | None = None,
+    ) -> None:
+        self.path = Path(path).absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.notes: list[str] = []
+        self._config = config
+        self._primary = jax.process_index() == 0 if primary is None else primary
+        self._run: dict[str, Any] = {}
+        self._lock: int | None = None
+        self._metrics: MetricsFile | None = None
+        self._events: Any = None
+        self._purge_step: int | None = None
+
+    # ------------------------------------------------------------------------------------------ opening
+
+    def __enter__(self) -> Workdir:
+        if not self._primary:
+            return self
+        text = to_json(self._config)
+        self._changes()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot use {self.path} as workdir: {error.strerror}; expected a folder that can be written to"
+            ) from error
+        try:
+            changes = (
+                self._changes()
+            )  # again: another process may have come and gone before the lock was taken
+            if changes is None or changes:
+                write_atomic(self.path / "config.json", text + "\n")
+        except BaseException:
+            self.close()
+            raise
+        if changes:
+            self.notes.append(f"the configuration changed since the last session: {_listed(changes)}")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files and gives the folder free."""
+        for file in (self._metrics, self._events):
+            if file is not None:
+                file.close()
+        self._metrics = self._events = None
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)  # which unlocks it, as the end of the process would
+            self._lock = None
+
+    def _changes(self) -> list[str] | None:
+        """How the configuration differs from the folder's, where it may; None when the folder is new."""
+        if not (self.path / "config.json").exists():
+            for name in ("metrics.jsonl", "run.json", "checkpoints"):
+                if (self.path / name).exists():
+                    raise ConfigError(
+                        f"{self.path} holds {name} but no config.json, so whose it is cannot be told; give another "
+                        "workdir, or put its config.json back"
+                    )
+            return None
+        changes = diff(read_config(self.path), self._config)
+        wrong = [line for line in changes if line.split(":")[0] not in MAY_CHANGE]
+        if wrong:
+            raise ConfigError(
+                f"{self.path} belongs to a run of another configuration: {_listed(wrong)}; give another "
+                f"workdir, or the configuration in its config.json (only {', '.join(MAY_CHANGE)} may change)"
+            )
+        return changes
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            self._lock = None
+            raise ConfigError(
+                f"{self.path} is in use by {holder or 'another process'}; wait for it, end it, or give another workdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            self.notes.append(
+                f"the file system of {self.path} has no locks: nothing stops a second process from training in it"
+            )
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    # ------------------------------------------------------------------------------------------ run.json
+
+    def begin_run(self, facts: Mapping[str, Any], step: int) -> list[str]:
+        """Writes run.json for this session: its environment, when and from where it started, and `facts`.
+
+        What the file said of the session before moves into its `history`, as far as it differs.
+
+        Args:
+            facts: of JSON values, such as the parameter count and the cost table; `update_run` adds more later.
+            step: the step that the session starts from.
+
+        Returns:
+            Notes, one line each, when versions, devices or facts differ from the session before.
+        """
+        if not self._primary:
+            return []
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lasting = {"environment": environment(), **facts}
+        self._run = {"started": now, "from_step": step, **lasting, "history": []}
+        notes = []
+        if (self.path / "run.json").exists():
+            before = read_run(self.path)
+            history = before.pop("history", [])
+            shared = {key: before[key] for key in lasting if key in before}
+            changes = diff(shared, {key: lasting[key] for key in shared})
+            same = {key for key in shared if not diff({key: shared[key]}, {key: lasting[key]})}
+            self._run["history"] = [
+                *history,
+                {key: value for key, value in before.items() if key not in same},
+            ]
+            if changes:
+                notes.append(
+                    "the session before ran under other conditions, so results may not repeat bit for bit: "
+                    f"{_listed(changes)}"
+                )
+        self._write_run()
+        return notes
+
+    def update_run(self, facts: Mapping[str, Any]) -> None:
+        """Adds facts to run.json that become known later, such as compile times; a key is replaced as a whole."""
+        if not self._primary:
+            return
+        if not self._run:
+            raise RuntimeError("Workdir.update_run before Workdir.begin_run")
+        self._run |= facts
+        self._write_run()
+
+    def _write_run(self) -> None:
+        write_json(self.path / "run.json", self._run)
+
+    # ------------------------------------------------------------------------------------------ records
+
+    def rewind(self, step: int) -> list[str]:
+        """Makes the records end at `step`; to be called once, before the first `record`.
+
+        Records of later steps, which the run is going to make anew, and a last line that was cut short go to
+        `metrics.aside-<n>.jsonl`. However often the process is killed, no record is lost or there twice.
+
+        Returns:
+            A note, when something was moved.
+
+        Raises:
+            DataError: metrics.jsonl holds a line that is not a record.
+        """
+        if not self._primary:
+            return []
+        moved, aside = metrics_file.rewind(self.path, step)
+        self._metrics = MetricsFile(self.path)
+        # TensorBoard drops what earlier files hold from this step on.
+        self._purge_step = step + 1 if any((self.path / "tensorboard").glob("events.*")) else None
+        return [f"moved {moved} records past step {step} to {aside}"] if moved else []
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Adds a record to metrics.jsonl, where it is safe from the end of the process, and to TensorBoard.
+
+        TensorBoard gets the finite numbers.
+
+        Args:
+            record: "step" (int), "split" (str), and numbers, strings, booleans or None by name. Numbers that are not
+                finite are written as null, with their value in "nonfinite": JSON has none.
+
+        Raises:
+            TokenLabError: the file cannot be written (no space).
+        """
+        if not self._primary:
+            return
+        if self._metrics is None:
+            raise RuntimeError("Workdir.record before Workdir.rewind")
+        self._metrics.append(record)
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(
+                str(self.path / "tensorboard"),
+                purge_step=self._purge_step,
+                max_queue=1000,
+                flush_secs=10,
+                # The name that tensorboardX gives a file is only unique to the second.
+                filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
+            )
+        for name, value in record.items():
+            if name == "step" or isinstance(value, str | bool | None):
+                continue
+            number = float(
+                value
+            )  # tensorboardX takes no integer past 64 bits, and warns of what is not finite
+            if math.isfinite(number):
+                self._events.add_scalar(f"{record['split']}/{name}", number, record["step"])
+
+
+def environment() -> dict[str, Any]:
+    """What results depend on besides configuration and code: versions, devices, cores, platform."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "tokenlab": tokenlab.__version__,
+        "python": platform.python_version(),
+        **versions,
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The configuration of a run. Raises ConfigError when the folder has none or it cannot be read."""
+    path = Path(workdir) / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; expected the workdir of a run") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_run(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What run.json says. Raises DataError when the folder has none or it cannot be read."""
+    path = Path(workdir) / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read {path}: {error}; expected a JSON object, or no file to begin anew"
+        ) from error
+    if not isinstance(run, dict):
+        raise DataError(
+            f"{path} holds a JSON {type(run).__name__}; expected an object, or no file to begin anew"
+        )
+    return run
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a run, in the order of writing.
+
+    Args:
+        path: a workdir, or a file of records.
+
+    Raises:
+        DataError: there is no such file, or a line of it is not a record; the message names the line.
+    """
+    return metrics_file.read(Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON so that the file holds all of it or what it held before. Raises TokenLabError."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TokenLabError(
+            f"{path} cannot hold what was given: {error}; expected finite JSON values"
+        ) from error
+    write_atomic(path, text + "\n")
+
+
+def write_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file so that it holds all of it or what it held before. Raises TokenLabError."""
+    try:
+        metrics_file.replace(Path(path), text.encode())
+    except OSError as error:
+        raise TokenLabError(
+            f"cannot write {path}: {error.strerror}; expected a folder that can be written to, with free space"
+        ) from error
+
+
+def _listed(lines: list[str]) -> str:
+    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
