@@ -73,4 +73,3 @@ def depth(stack: str) -> int:
 def dense(stack: str) -> str:
     """The dense stack of as many blocks."""
     return f"block*{depth(stack)}"
-

@@ -1,7 +1,7 @@
 """Sharded over eight devices every part trains as on one, and moves no activations across the batch.
 
-"Equal" is DESIGN's: fp32, learning rate 1e-3 at most with warm-up, 1e-5 over 20 steps, and for stacks that choose
-tokens the chosen ones first. One stack with everything in it runs in the quick tests, each part for itself in the slow ones.
+"Equal" means: fp32, learning rate 1e-3 at most with warm-up, 1e-5 over 20 steps, and for stacks that choose tokens the
+chosen ones first. One stack with everything in it runs in the quick tests, each part for itself in the slow ones.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def check_moves(stack, sizes):
     mesh, _, compiled, state, _ = prepare(stack, sizes)
     assert_no_activation_collective(compiled, 8 * EACH, mesh, parameters=state.params)
     kinds = {collective.kind for collective in collectives(compiled)}
-    assert "all-reduce" in kinds or "reduce-scatter" in kinds  # gradients are summed: the check reads a sharded program
+    assert (
+        "all-reduce" in kinds or "reduce-scatter" in kinds
+    )  # gradients are summed: the check reads a sharded program
 
 
 def test_all_together_equal_one_device():

@@ -50,7 +50,9 @@ def check(model, params, images, logits, cotangent, grads, config, execution, de
         out = model.apply(state, {"image": images}, execution=execution).logits
         return jnp.sum(out * cotangent), out
 
-    (_, out), (by_state, by_image) = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(state, images)
+    (_, out), (by_state, by_image) = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(
+        state, images
+    )
     np.testing.assert_allclose(out, logits, atol=5e-5)
     found = gradients_like(by_state, [n for n in grads if n != "images"], depth, config["D"])
     np.testing.assert_allclose(by_image.transpose(0, 3, 1, 2), grads["images"], atol=1e-4, rtol=1e-3)
@@ -106,7 +108,9 @@ def test_tome_model(execution):
         execution,
         config["depth"],
     )
-    last = points(model, to_state(params, config["depth"], config["num_heads"]), arrays["model/inputs/images"])[-1]
+    last = points(
+        model, to_state(params, config["depth"], config["num_heads"]), arrays["model/inputs/images"]
+    )[-1]
     sizes = np.sort(np.asarray(last.tokens.size), axis=1)
     np.testing.assert_array_equal(sizes, np.sort(arrays["model/mid/size"][..., 0], axis=1))
     # The same inputs went together: compare the groups as sets of positions.

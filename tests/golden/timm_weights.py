@@ -52,7 +52,9 @@ def to_state(params: Mapping[str, np.ndarray], depth: int, heads: int) -> dict[s
     return _map(jnp.asarray, state)
 
 
-def gradients_like(state: Mapping[str, Any], names: list[str], depth: int, width: int) -> dict[str, np.ndarray]:
+def gradients_like(
+    state: Mapping[str, Any], names: list[str], depth: int, width: int
+) -> dict[str, np.ndarray]:
     """Gradients in our layout back under the timm names the golden files use (those of `names`)."""
     blocks, embed, head = state["blocks"], state["embed"], state["head"]
     found: dict[str, np.ndarray] = {
@@ -64,11 +66,15 @@ def gradients_like(state: Mapping[str, Any], names: list[str], depth: int, width
     }
     for k in range(depth):
         attention, mlp = blocks["attention"], blocks["mlp"]
-        kernels = [np.asarray(attention[n]["kernel"][k]).reshape(width, width).T for n in ("query", "key", "value")]
+        kernels = [
+            np.asarray(attention[n]["kernel"][k]).reshape(width, width).T for n in ("query", "key", "value")
+        ]
         biases = [np.asarray(attention[n]["bias"][k]).reshape(-1) for n in ("query", "key", "value")]
         found[f"blocks.{k}.attn.qkv.weight"] = np.concatenate(kernels)
         found[f"blocks.{k}.attn.qkv.bias"] = np.concatenate(biases)
-        found[f"blocks.{k}.attn.proj.weight"] = np.asarray(attention["out"]["kernel"][k]).reshape(width, width).T
+        found[f"blocks.{k}.attn.proj.weight"] = (
+            np.asarray(attention["out"]["kernel"][k]).reshape(width, width).T
+        )
         found[f"blocks.{k}.attn.proj.bias"] = np.asarray(attention["out"]["bias"][k])
         found[f"blocks.{k}.mlp.fc1.weight"] = np.asarray(mlp["up"]["kernel"][k]).T
         found[f"blocks.{k}.mlp.fc1.bias"] = np.asarray(mlp["up"]["bias"][k])

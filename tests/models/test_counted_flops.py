@@ -40,7 +40,10 @@ BY_HAND = {
     DENSE: ([N] * 12, 0),
     KEEP: ([N] * 4 + [KEPT] * 8, 2 * N * D),  # one row of N logits over H heads of D/H
     SKIP: ([N] * 2 + [KEPT] * 8 + [N] * 2, 0),
-    MERGE: ([N] * 4 + [N - 50] * 8, 2 * 98 * 98 * (D // H)),  # sources (CLS is none) x destinations, keys averaged over heads
+    MERGE: (
+        [N] * 4 + [N - 50] * 8,
+        2 * 98 * 98 * (D // H),
+    ),  # sources (CLS is none) x destinations, keys averaged over heads
 }
 
 
@@ -98,7 +101,10 @@ def test_rematerialisation(stack, execution):
 @pytest.mark.parametrize("stack", BY_HAND)
 def test_xla_agrees(stack):
     """Unrolled, without rematerialisation; XLA counts elementwise work too, so ours is added."""
-    for function, args in (forward(build(stack, execution="unroll")), training(build(stack, execution="unroll"))):
+    for function, args in (
+        forward(build(stack, execution="unroll")),
+        training(build(stack, execution="unroll")),
+    ):
         ours = count(function, *args)
         analysis = jax.jit(function).lower(*args).cost_analysis()
         assert abs((ours.flops + ours.elementwise) / analysis["flops"] - 1) < 0.01

@@ -116,7 +116,9 @@ class Attention(nn.Module):
         width = x.shape[-1]
         heads, groups = self.num_heads, self.num_kv_heads or self.num_heads
         if self.head_dim is None and width % heads:
-            raise ShapeError(f"attention: width {width} is not a multiple of num_heads {heads}; give head_dim.")
+            raise ShapeError(
+                f"attention: width {width} is not a multiple of num_heads {heads}; give head_dim."
+            )
         if heads % groups:
             raise ShapeError(f"attention: num_heads {heads} is not a multiple of num_kv_heads {groups}.")
         size_of_head = self.head_dim or width // heads

@@ -5,7 +5,6 @@ The types are the annotations of the fields or parameters. Whatever does not fit
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import types
@@ -21,7 +20,7 @@ from tokenlab.layers.item import Item, Score
 class Resolver(Protocol):
     """Finds what a name in a stack stands for. Raises NameLookupError with a suggestion.
 
-    `tokenlab.models.resolve.Names` is the one in use; it lives further down the imports, since it finds methods.
+    `tokenlab.models.Names` is the one in use; it lives further down the imports, since it finds methods.
     """
 
     def item(self, name: str) -> type[Item]:
@@ -126,11 +125,6 @@ def build_item(stack: Stack, call: Call, resolver: Resolver) -> Item:
     return bind(stack, call, found, resolver)
 
 
-def arguments_of(target: Callable[..., Any], skip: int = 0) -> str:
-    """The arguments of a dataclass or function as a user writes them: `amount, by=norm, train_only=False`."""
-    return _signature(list(inspect.signature(target).parameters.values())[skip:])
-
-
 def _signature(parameters: list[inspect.Parameter]) -> str:
     def show(parameter: inspect.Parameter) -> str:
         default = parameter.default
@@ -164,8 +158,3 @@ def _expected(options: tuple[Any, ...]) -> str:
     known += ["a score, such as norm" for o in options if inspect.isclass(o) and issubclass(o, Score)]
     known += [f"one of {', '.join(_words(option))}" for option in options if _words(option)]
     return " or ".join(known) or "something else"
-
-
-def fields_of(value: Any) -> dict[str, Any]:
-    """Field -> value of a dataclass instance, without converting what is inside."""
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

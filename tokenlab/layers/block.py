@@ -128,7 +128,9 @@ class Block:
         found: dict[str, Array] = {}
         with jax.named_scope("attention"):
             facts = {"coords": tokens.coords, "size": tokens.size, "valid": tokens.valid}
-            mixed, projections = _apply(self.attention, params["attention"], normed, **facts, projections=True)
+            mixed, projections = _apply(
+                self.attention, params["attention"], normed, **facts, projections=True
+            )
             with jax.named_scope("readings"):
                 for name, reading in readings.items():
                     found[name] = reading(projections, tokens)

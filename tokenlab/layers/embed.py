@@ -84,7 +84,9 @@ class PatchEmbed(nn.Module):
         """[B, H, W, C] -> `Tokens` of [B, special + N, D], special tokens protected."""
         grid = (image.shape[1] // self.patch, image.shape[2] // self.patch)
         patches = patchify(image.astype(self.dtype), self.patch)
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.lecun_normal(), name="patch")(patches)
+        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.lecun_normal(), name="patch")(
+            patches
+        )
         if self.position == "learned":
             init = nn.initializers.normal(0.02)
             table = self.param("position", init, (self.grid[0] * self.grid[1], self.width), jnp.float32)
@@ -117,4 +119,3 @@ class PatchEmbed(nn.Module):
         columns = 1 + jnp.arange(grid[1]) * (self.grid[1] / grid[1])
         patches = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
         return jnp.concatenate([jnp.zeros((self.special, 2)), patches]).astype(jnp.float32)
-

@@ -61,7 +61,9 @@ def resolve_execution(execution: Execution, depth: int) -> Literal["scan", "unro
     if execution == "auto":
         return "unroll" if jax.default_backend() == "cpu" and depth <= UNROLL_ON_CPU else "scan"
     if execution not in ("scan", "unroll"):
-        raise ConfigError(f"execution {execution!r} is unknown.{suggest(execution, ['auto', 'scan', 'unroll'])}")
+        raise ConfigError(
+            f"execution {execution!r} is unknown.{suggest(execution, ['auto', 'scan', 'unroll'])}"
+        )
     return execution
 
 
@@ -113,7 +115,9 @@ def _stacks(program: Program, state: Mapping[str, Mapping[str, Any]], drop_path:
     stacks: dict[Kind, Any] = {DEPTH: {"index": jnp.arange(depth), "rate": rates.astype(jnp.float32)}}
     for (group, name), occurrences in program.kinds.items():
         params = state.get(group, {}).get(name, {})
-        stacks[group, name] = params if group == "blocks" else {"params": params, "ordinal": jnp.arange(len(occurrences))}
+        stacks[group, name] = (
+            params if group == "blocks" else {"params": params, "ordinal": jnp.arange(len(occurrences))}
+        )
     return stacks
 
 
@@ -177,7 +181,9 @@ class _Runner:
 
         def body(part: Tokens) -> tuple[Tokens, Aux]:
             if part.count != step.inside:
-                raise ShapeError(f"{step.name}: its body was built for {step.inside} tokens, got {part.count}.")
+                raise ShapeError(
+                    f"{step.name}: its body was built for {step.inside} tokens, got {part.count}."
+                )
             if step.active:
                 self.record(step, part, inside=True)
             done, aux, _ = self.steps(step.body, inner, part)
@@ -186,7 +192,7 @@ class _Runner:
         if not step.active:
             return body(tokens) if step.body else (tokens, Aux())
         with jax.named_scope(step.name):
-            key = context.key(step.name.rsplit("_", 1)[0], own["ordinal"])
+            key = context.key("/".join(step.kind), own["ordinal"])
             wrapped = body if step.body else None
             tokens, aux = step.item(own["params"], tokens, context, readings, key, wrapped)
         if tokens.count != step.after:
@@ -225,7 +231,9 @@ def _split(stacks: Stacks, uses: list[dict[Kind, int]]) -> list[dict[Kind, Any]]
         for leaf in leaves:
             if leaf.shape[0] != sum(sizes):
                 group = "/".join(part for part in kind if part)
-                raise ShapeError(f"stack: needs {sum(sizes)} entries of {group}, the weights hold {leaf.shape[0]}.")
+                raise ShapeError(
+                    f"stack: needs {sum(sizes)} entries of {group}, the weights hold {leaf.shape[0]}."
+                )
         pieces = [lax.split(leaf, sizes, axis=0) if len(sizes) > 1 else [leaf] for leaf in leaves]
         for place, i in enumerate(takers):
             shares[i][kind] = jax.tree.unflatten(structure, [piece[place] for piece in pieces])

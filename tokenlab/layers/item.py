@@ -7,10 +7,12 @@ A method is a frozen dataclass here: its fields are the arguments it takes in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 from jax import Array
 
+from tokenlab.core.errors import TokenLabError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Reading
 from tokenlab.layers.context import Aux, Context
@@ -22,6 +24,16 @@ Amount: TypeAlias = int | float
 Params: TypeAlias = Mapping[str, Any]
 Axes: TypeAlias = Mapping[str, tuple[str | None, ...]]
 Body: TypeAlias = Callable[[Tokens], tuple[Tokens, Aux]]
+
+
+def join_readings(wanted: dict[str, Reading], more: Mapping[str, Reading]) -> None:
+    """Add `more` to `wanted`. Raises TokenLabError when one name stands for two different readings."""
+    for name, reading in more.items():
+        if wanted.setdefault(name, reading) is not reading:
+            raise TokenLabError(
+                f"the reading {name!r} stands for two functions, {wanted[name].__qualname__} and "
+                f"{reading.__qualname__}; give one of them another name."
+            )
 
 
 class Score:
@@ -53,18 +65,19 @@ class Score:
         raise TypeError(f"{type(self).__name__} does not define __call__.")
 
 
+@dataclass(frozen=True)
 class Item:
     """A step of the stack that is not a block: `keep(0.5)`, or around blocks: `skip(keep=0.5)(block*2)`.
 
     Subclasses are frozen dataclasses whose fields are their arguments, typed `Amount`, `int`, `float`, `bool`,
-    `Score` (each optionally `| None`).
+    `Score` (each optionally `| None`). Every item also takes `train_only=True`, with a name: it is then taken out at
+    evaluation, and a wrapper's body runs on all tokens.
 
     Class attributes:
       wraps: takes a body, `name(arguments)(body)`.
       reads: what it wants of the attention of the block just before; a score's wishes are added by the item.
       merges: makes tokens that stand for several, so that `Tokens.size` must exist from the start.
       needs_cls: reads the first token, so the model must have a CLS token (scores say so for themselves).
-      causal: a token's fate depends on no later token, so that the item may stand in a causal model.
       identity: a stack in which the item keeps everything and so must equal the same stack without it, bit for bit;
         None when the method has no such setting.
       examples: stacks the contract tests run. At least one, for models of 16 patches, a CLS token and width 16.
@@ -74,10 +87,10 @@ class Item:
     reads: ClassVar[Mapping[str, Reading]] = {}
     merges: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
-    causal: ClassVar[bool] = False
     identity: ClassVar[str | None] = None
     examples: ClassVar[tuple[str, ...]] = ()
-    train_only: bool = False
+
+    train_only: bool = field(default=False, kw_only=True)
 
     def scores(self) -> tuple[Score, ...]:
         """The scores this item ranks by."""
@@ -87,7 +100,7 @@ class Item:
         """All that must be read of the block just before."""
         wanted = dict(self.reads)
         for score in self.scores():
-            wanted.update(score.reads)
+            join_readings(wanted, score.reads)
         return wanted
 
     def init(self, key: Array, width: int) -> Params:

@@ -27,7 +27,9 @@ from tokenlab.layers.item import Item
 
 MAX_PERIOD = 16  # the longest repeating pattern of steps that is looked for when folding into loops
 
-Kind: TypeAlias = tuple[str, str]  # ("blocks", "attention"), ("items", "keep"): where in the state a stack of weights is
+Kind: TypeAlias = tuple[str, str]
+"""Where in the state a stack of weights is: ("blocks", "attention"), ("items", "keep"). What learns nothing is in
+("free", name), which has no weights and so no part in the numbering of those that have."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class ItemStep:
 
     Attributes:
       item: what it does.
-      kind: where its weights are: ("items", name).
-      ordinal: its number among those of its kind.
+      kind: where its weights are: ("items", name), or ("free", name) without any.
+      number: which of the items of its name it is, for display.
       present, after: tokens that come in and go out.
       inside: tokens that a body sees.
       active: False for a `train_only` item at evaluation: it is skipped over, its body runs on all tokens.
@@ -87,7 +89,7 @@ class ItemStep:
 
     item: Item
     kind: Kind
-    ordinal: int
+    number: int
     present: int
     after: int
     inside: int
@@ -97,11 +99,18 @@ class ItemStep:
     @property
     def name(self) -> str:
         """`keep_00`."""
-        return f"{self.kind[1]}_{self.ordinal:02d}"
+        return f"{self.kind[1]}_{self.number:02d}"
 
     def signature(self) -> Any:
         """Equal for steps that differ only in which weights they use."""
-        return ("item", self.item, self.kind, self.present, self.active, tuple(s.signature() for s in self.body))
+        return (
+            "item",
+            self.item,
+            self.kind,
+            self.present,
+            self.active,
+            tuple(s.signature() for s in self.body),
+        )
 
     def uses(self) -> dict[Kind, int]:
         """How many entries of each stack of weights it takes."""
@@ -190,7 +199,7 @@ class Program:
 
     def init(self, key: Array) -> dict[str, dict[str, Any]]:
         """Weights {"blocks": {kind: stacked}, "items": {kind: stacked}}; entry k depends on key, kind and k alone."""
-        state: dict[str, dict[str, Any]] = {"blocks": {}, "items": {}}
+        state: dict[str, dict[str, Any]] = {"blocks": {}, "items": {}, "free": {}}
         for (group, name), occurrences in self.kinds.items():
             base = jax.random.fold_in(key, name_seed(f"{group}/{name}"))
             keys = [jax.random.fold_in(base, occurrence.index) for occurrence in occurrences]
@@ -262,7 +271,8 @@ def fold(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     block before `keep(by=cls)` is peeled off.
     """
     steps = tuple(
-        replace(step, body=fold(step.body)) if isinstance(step, ItemStep) and step.body else step for step in steps
+        replace(step, body=fold(step.body)) if isinstance(step, ItemStep) and step.body else step
+        for step in steps
     )
     signatures = [step.signature() for step in steps]
     found: list[Step] = []
@@ -329,6 +339,7 @@ class _Builder:
         self.width, self.protected, self.has_cls = width, protected, has_cls
         self.coordinates, self.train = coordinates, train
         self.blocks = 0
+        self.numbers: dict[str, int] = {}  # items by name so far
         self.kinds: dict[Kind, list[Occurrence]] = {}
         self.shapes: dict[Kind, Any] = {}
         self.made: dict[Any, Any] = {}  # maker -> shapes, so that a deep stack is not traced block by block
@@ -370,7 +381,9 @@ class _Builder:
         if call_between := chosen.get("between"):
             item = build_item(self.stack, call_between, self.resolver)
             if item.wraps:
-                self.stack.fail(call_between.span, f"{call_between.name} wraps a body and cannot stand between halves.")
+                self.stack.fail(
+                    call_between.span, f"{call_between.name} wraps a body and cannot stand between halves."
+                )
             between = self.finish_item(call_between, item, present)
         seen = between.after if between else present
         kinds = []
@@ -398,15 +411,15 @@ class _Builder:
                 f"{call.name} reads the attention of a block just before it, at the same level and over the same "
                 f"tokens; put a block there, or rank by what needs none, such as by=norm.",
             )
-        before[at] = replace(before[at], reads=tuple({**dict(before[at].reads), **wanted}.items()))
+        before[at] = replace(before[at], reads=tuple(wanted.items()))
 
     def finish_item(self, call: Call, item: Item, present: int) -> ItemStep:
         active = self.train or not item.train_only
         if not self.has_cls and any(part.needs_cls for part in (item, *item.scores())):
             self.stack.fail(call.span, f"{call.name} reads the CLS token, and this model has none.")
-        # The ordinal is taken before the body's, so that items are numbered in the order they are written.
+        # Entered before its body, so that items are numbered in the order they are written.
         kind = self.add("items", call.name, None, item, lambda key: item.init(key, self.width))
-        ordinal = self.kinds[kind][-1].index
+        number = self.numbers[call.name] = self.numbers.get(call.name, -1) + 1
         try:
             inside = item.inside(present, self.protected) if active else present
             after = item.count(present, self.protected) if active and not item.wraps else present
@@ -421,16 +434,24 @@ class _Builder:
                     f"the body of {call.name} takes {inside} tokens and gives {out}; it must give back as many, "
                     "since they return to their places.",
                 )
-        return ItemStep(item, kind, ordinal, present, after, inside, active, tuple(body))
+        return ItemStep(item, kind, number, present, after, inside, active, tuple(body))
 
     def add(self, group: str, name: str, index: int | None, maker: Any, init: Callable[[Array], Any]) -> Kind:
         """Enter an occurrence under `name`, or under `name_2`, ... when its weights have another shape."""
         if (maker, name) not in self.made:
             shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-            self.made[maker, name] = (jax.tree.structure(shapes), tuple((s.shape, s.dtype) for s in jax.tree.leaves(shapes)))
+            self.made[maker, name] = (
+                jax.tree.structure(shapes),
+                tuple((s.shape, s.dtype) for s in jax.tree.leaves(shapes)),
+            )
         shapes = self.made[maker, name]
+        if group == "items" and not shapes[1]:
+            group = "free"
         number = 1
-        while self.shapes.setdefault(kind := (group, name if number == 1 else f"{name}_{number}"), shapes) != shapes:
+        while (
+            self.shapes.setdefault(kind := (group, name if number == 1 else f"{name}_{number}"), shapes)
+            != shapes
+        ):
             number += 1
         found = self.kinds.setdefault(kind, [])
         found.append(Occurrence(len(found) if index is None else index, init, maker.axes(), maker))

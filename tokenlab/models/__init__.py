@@ -1,6 +1,6 @@
 """Models: one a file, found by its name; here names become things.
 
-A model file offers `config`, a frozen dataclass of its settings, and `build(config, **facts)`, which returns an object
+A model file offers `Config`, a frozen dataclass of its settings, and `build(config, **facts)`, which returns an object
 with `init`, `apply`, `logical_axes` and the other methods of `tokenlab.models.vit.ViT`. Stack items, scores and
 feed-forward layers are looked for first among the generic ones in `tokenlab.layers`, then among the methods.
 """
@@ -81,5 +81,7 @@ def build(
     module = names.find("tokenlab.models", settings.pop("name", "vit"))
     if stack is not None:
         settings["stack"] = stack
-    config = to_dataclass(module.config, settings, path="config.model")
-    return module.build(config, spec=spec, num_outputs=num_outputs, stack_vars=dict(stack_vars or {}), train=train)
+    config = to_dataclass(module.Config, settings, path="config.model")
+    return module.build(
+        config, spec=spec, num_outputs=num_outputs, stack_vars=dict(stack_vars or {}), train=train
+    )

@@ -46,7 +46,7 @@ SIZES: Mapping[str, tuple[int, int, int, int]] = {
     "L": (1024, 24, 4096, 16),
     "H": (1280, 32, 5120, 16),
 }
-"""Widths of Touvron et al. 2021 (Ti, S; arXiv 2012.12877) and Dosovitskiy et al. 2021, table 1 (B, L, H); toys first."""
+"""Toys first; Ti and S of Touvron et al. 2021 (arXiv 2012.12877), B, L and H of Dosovitskiy et al. 2021, table 1."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class ViTConfig:
         if name not in SIZES:
             raise ConfigError(f"config.model.size {self.size!r} is unknown.{suggest(name, SIZES)}")
         if not (patch.isdigit() and int(patch) > 0) and self.patch is None:
-            raise ConfigError(f"config.model.size {self.size!r} has no patch side; write for example '{name}/16'.")
+            raise ConfigError(
+                f"config.model.size {self.size!r} has no patch side; write for example '{name}/16'."
+            )
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"config.model.drop_path must be in [0, 1); got {self.drop_path}.")
         for field in ("width", "num_heads", "num_kv_heads", "mlp_dim", "patch"):
@@ -108,7 +110,9 @@ class ViTConfig:
         if self.registers < 0:
             raise ConfigError(f"config.model.registers must be at least 0; got {self.registers}.")
         if self.position_grid is not None and (len(self.position_grid) != 2 or min(self.position_grid) < 1):
-            raise ConfigError(f"config.model.position_grid must be (rows, columns); got {self.position_grid}.")
+            raise ConfigError(
+                f"config.model.position_grid must be (rows, columns); got {self.position_grid}."
+            )
         activation(self.activation)
 
     def dims(self) -> tuple[int, int, int, int, int]:
@@ -161,7 +165,9 @@ class ViT:
                 "width must be a multiple of num_heads, and num_heads of num_kv_heads."
             )
         if self.settings.position == "rope" and (width // heads) % 4:
-            raise ShapeError(f"vit: rope over two axes needs head width in multiples of 4; got {width // heads}.")
+            raise ShapeError(
+                f"vit: rope over two axes needs head width in multiples of 4; got {width // heads}."
+            )
         if self.settings.position == "sincos" and width % 4:
             raise ShapeError(f"vit: sincos positions need a width in multiples of 4; got {width}.")
         _ = self.program  # so that a wrong stack is said at once, not at the first call
@@ -296,7 +302,9 @@ class ViT:
         """
         image = batch["image"]
         if image.shape[1:] != self.image:
-            raise ShapeError(f"vit: built for images {self.image}, got {image.shape[1:]} (batch {image.shape}).")
+            raise ShapeError(
+                f"vit: built for images {self.image}, got {image.shape[1:]} (batch {image.shape})."
+            )
         context = Context(jax.random.key(0) if rng is None else rng, train)
         with jax.named_scope("embed"):
             tokens = self.embed.apply({"params": state["embed"]}, image)
@@ -322,7 +330,7 @@ class ViT:
         return Output(logits, features, normed, aux, tuple(trace))
 
 
-config = ViTConfig
+Config = ViTConfig
 
 
 def build(
@@ -335,7 +343,9 @@ def build(
 ) -> ViT:
     """A ViT for the images of a data source; see `tokenlab.models.build`."""
     if "image" not in spec:
-        raise ConfigError(f"vit reads 'image'; the data has {', '.join(sorted(spec))}. Choose another model or data.")
+        raise ConfigError(
+            f"vit reads 'image'; the data has {', '.join(sorted(spec))}. Choose another model or data."
+        )
     shape = tuple(spec["image"][0])
     if len(shape) != 3:
         raise ShapeError(f"vit reads images [H, W, C]; the data's 'image' has shape {shape}.")

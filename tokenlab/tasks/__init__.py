@@ -1,6 +1,6 @@
 """Tasks: what a batch means, the loss and the metrics; one a file, found by its name.
 
-A task file offers `config`, a frozen dataclass of its settings, and `build(config) -> task`.
+A task file offers `Config`, a frozen dataclass of its settings, and `build(config) -> task`.
 """
 
 from __future__ import annotations
@@ -38,4 +38,4 @@ def build(settings: Mapping[str, Any]) -> Task:
     """The task that `config.task` describes: `name` of its file, the rest its settings."""
     settings = dict(settings)
     module = names.find("tokenlab.tasks", settings.pop("name", "classify"))
-    return module.build(to_dataclass(module.config, settings, path="config.task"))
+    return module.build(to_dataclass(module.Config, settings, path="config.task"))

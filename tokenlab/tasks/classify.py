@@ -40,7 +40,9 @@ class Classify:
     def num_outputs(self, source: Any) -> int:
         """Number of classes. Raises ConfigError when the data has no labels."""
         if "label" not in source.spec or not getattr(source, "num_classes", None):
-            raise ConfigError(f"classify needs labels; data {source.name!r} has {', '.join(sorted(source.spec))}.")
+            raise ConfigError(
+                f"classify needs labels; data {source.name!r} has {', '.join(sorted(source.spec))}."
+            )
         return source.num_classes
 
     def loss(
@@ -66,7 +68,7 @@ class Classify:
         return total, metrics
 
 
-config = ClassifyConfig
+Config = ClassifyConfig
 
 
 def build(settings: ClassifyConfig) -> Classify:

@@ -43,7 +43,9 @@ class MLP(nn.Module):
         """[B, N, D] -> [B, N, D]. Tokens do not meet here, so neither `valid` nor `train` changes anything."""
         del valid, train
         with jax.named_scope("up"):
-            hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="up")(x)
+            hidden = nn.Dense(
+                self.hidden, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="up"
+            )(x)
         hidden = activation(self.activation)(hidden)
         with jax.named_scope("down"):
             return nn.Dense(

@@ -24,12 +24,10 @@ class Keep(Item):
     Attributes:
       amount: how many to keep: an int in 1..present, or a fraction in (0, 1] of the unprotected tokens present.
       by: the score; the larger, the sooner kept. Ties go to the earlier token.
-      train_only: removed at evaluation.
     """
 
     amount: Amount
     by: Score = Norm()
-    train_only: bool = False
 
     identity: ClassVar[str] = "block + keep(1.0, by=cls) + block"
     examples: ClassVar[tuple[str, ...]] = (

@@ -29,11 +29,9 @@ class Merge(Item):
     Attributes:
       amount: how many merge away: an int >= 0, or a fraction in [0, 0.5] of the unprotected tokens; at most half of
         these can.
-      train_only: removed at evaluation.
     """
 
     amount: Amount
-    train_only: bool = False
 
     reads: ClassVar[Mapping[str, Reading]] = {"mean_key": mean_key}
     merges: ClassVar[bool] = True

@@ -27,12 +27,10 @@ class Skip(Item):
     Attributes:
       keep: how many pass through the body: an int in 1..present, or a fraction in (0, 1] of the unprotected tokens.
       by: the score; the larger, the sooner a token passes through the body.
-      train_only: at evaluation every token passes through the body.
     """
 
     keep: Amount
     by: Score = Random()
-    train_only: bool = False
 
     wraps: ClassVar[bool] = True
     identity: ClassVar[str] = "block + skip(keep=1.0)(block)"

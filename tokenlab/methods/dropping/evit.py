@@ -10,7 +10,7 @@ In a reducing block, between attention and feed-forward, with n tokens beside CL
     x = [CLS, kept, e]
 
 so `block(between=evit(0.7))` is the paper's block. Only the CLS row of the attention map is computed for the scores. A
-fused token is an ordinary token at the next reduction. Trained with the rate falling along a cosine from 1 (`keep_rate`).
+fused token is an ordinary token at the next reduction. In training the rate falls along a cosine from 1 (`keep_rate`).
 
 Here the kept tokens stay in the order of position (the authors sort them by score; attention does not care).
 """
@@ -81,7 +81,9 @@ class EViT(Item):
         """[B, N, ...] -> [B, protected + K (+ 1), ...]."""
         scores = readings["cls_attention"]
         wanted = self.kept(tokens.count, tokens.protected)
-        indices = select.top_k(lax.stop_gradient(scores), wanted, protected=tokens.protected, valid=tokens.valid)
+        indices = select.top_k(
+            lax.stop_gradient(scores), wanted, protected=tokens.protected, valid=tokens.valid
+        )
         part = carry.take(tokens, indices)
         if not self.fused or wanted == tokens.free:
             return part, Aux()

@@ -1,0 +1,94 @@
+"""Do saved weights fit a model? One answer for everything that loads weights: evaluation, and `config.init_from`.
+
+Weights belong to blocks, not to the stack: `blocks/<kind>` and `items/<kind>` stack theirs along the first axis, block
+or item after block or item. So the weights of `block*12` fit every stack of 12 blocks, and what a stack adds that
+learns (scores, routers) is missing until it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from tokenlab.core.errors import CheckpointError, suggest
+from tokenlab.sharding.rules import path_of
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by path, "head/kernel"."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def fit_state(
+    saved: Any, wanted: Any, fresh: Iterable[str] = (), *, source: str = "the checkpoint"
+) -> tuple[dict[str, Any], list[str]]:
+    """The saved leaves that a model can use.
+
+    Args:
+      saved: nested dicts of arrays, as a run trained them.
+      wanted: nested dicts of anything with `shape`, as `model.abstract_state()` gives them.
+      fresh: paths ("head", "items/keep") whose leaves are not taken from `saved`, because they start anew.
+      source: where `saved` is from, for messages: "the checkpoint in runs/a".
+
+    Returns:
+      path -> leaf of `saved`, for every leaf of `wanted` that is not under `fresh`; and notes to be told, one line
+      each: learned parts of items that the model's stack does not hold are left out.
+
+    Raises:
+      CheckpointError: a leaf that only one side has, or of another shape; or a path in `fresh` that neither side has.
+        The message names the leaf, both sides and how to mend it. Extra leaves under items/ are no error.
+    """
+    have, want, fresh = flat(saved), flat(wanted), tuple(fresh)
+    for name in fresh:
+        if not any(_under(path, name) for path in (*have, *want)):
+            tops = {"/".join(path.split("/")[:depth]) for path in want for depth in (1, 2)}
+            raise CheckpointError(
+                f"config.init_from.fresh has {name!r}, which is no parameter.{suggest(name, tops)}"
+            )
+    have, want = (
+        {path: leaf for path, leaf in side.items() if not any(_under(path, name) for name in fresh)}
+        for side in (have, want)
+    )
+    extra = [path for path in have if path not in want and path.startswith("items/")]
+    for path in (*want, *have):
+        given, expected = (tuple(side[path].shape) if path in side else None for side in (have, want))
+        if given != expected and path not in extra:
+            raise CheckpointError(
+                f"parameter {path}: {source} {_holds(given)}, the model {_needs(expected)}; "
+                f"{_mend(path, given, expected)}."
+            )
+    kinds = sorted({"/".join(path.split("/")[:2]) for path in extra})
+    notes = [f"{source} holds {kind}, which the stack does not use: left out" for kind in kinds]
+    return {path: have[path] for path in want}, notes
+
+
+def fill(wanted: Any, leaves: Mapping[str, Any]) -> Any:
+    """A tree like `wanted` with the leaves of `fit_state` in their places; every path must be there."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], wanted)
+
+
+def _under(path: str, name: str) -> bool:
+    return f"{path}/".startswith(f"{name.strip('/')}/")
+
+
+def _holds(shape: tuple[int, ...] | None) -> str:
+    return "does not have it" if shape is None else f"has it as {shape}"
+
+
+def _needs(shape: tuple[int, ...] | None) -> str:
+    return "does not have it" if shape is None else f"needs it as {shape}"
+
+
+def _mend(path: str, given: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> str:
+    group, _, rest = path.partition("/")
+    kind = f"{group}/{rest.partition('/')[0]}" if rest else group
+    anew = f"start it anew in a run with config.init_from.fresh=('{kind}',)"
+    if group == "items" and given is None:
+        return f"use a stack without what it learns there, or train it: {anew}"
+    stacked = group in ("blocks", "items") and given is not None and expected is not None
+    if stacked and given[1:] == expected[1:]:
+        what = "blocks" if group == "blocks" else "such items"
+        return f"use a stack with {given[0]} {what} of this kind, as it was trained, not {expected[0]}, or {anew}"
+    return f"use a model that fits, or {anew}"
