@@ -18,7 +18,7 @@ from tokenlab.train.config import default_config
 from tokenlab.train.experiment import Experiment
 from tokenlab.train.records import read_metrics
 
-STACK = "block + keep(k, by=random) + block"
+STACK = "keep(k, by=random) + block"
 
 
 def config(**changes: Any) -> ConfigDict:
@@ -66,7 +66,7 @@ def test_counted_flops_do_not_depend_on_accumulation_or_mesh(built: Experiment) 
 
 def test_facts_are_those_of_the_model(built: Experiment) -> None:
     facts = built.facts()
-    assert facts["stack"] == facts["eval_stack"] == "block + keep(0.5, by=random) + block"
+    assert facts["stack"] == facts["eval_stack"] == "keep(0.5, by=random) + block"
     assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(built.model.abstract_state()))
     assert facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
 
@@ -74,7 +74,7 @@ def test_facts_are_those_of_the_model(built: Experiment) -> None:
 @pytest.mark.slow
 def test_a_run_of_the_real_model_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharded, with random choices of tokens, dense in evaluation."""
-    settings = config(**{"eval.stack": "block*2", "model.drop_path": 0.1})
+    settings = config(**{"eval.stack": "block", "model.drop_path": 0.1})
     loop.run(settings, tmp_path / "whole")
     put, asked = Experiment.put, []
 
@@ -100,11 +100,11 @@ def test_a_run_of_the_real_model_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
     [
         ({"eval.stack": "block*3"}, ConfigError, ["config.eval.stack needs blocks/", "as many blocks"]),
         (
-            {"eval.stack": "block + keep(0.5, by=learned) + block"},
+            {"eval.stack": "keep(0.5, by=learned) + block"},
             ConfigError,
             ["items/keep", "does not have it"],
         ),
-        ({"eval.stack": "block + keep(0.5, by=clss) + block"}, TokenLabError, ["clss", "cls"]),
+        ({"eval.stack": "keep(0.5, by=clss) + block"}, TokenLabError, ["clss", "cls"]),
         ({"stack_vars.k": "0:0.5, 5:1.5"}, TokenLabError, ["1.5"]),
         ({"stack_vars.m": 1}, TokenLabError, ["m"]),
         ({"model.size": "nano/3"}, TokenLabError, ["patch 3"]),
@@ -126,9 +126,9 @@ def test_evaluation_with_other_numbers_for_the_stack(built: Experiment) -> None:
     """The numbers of the last step done hold for the evaluation after it."""
     changing = experiment.build(config(**{"stack_vars.k": "0:1.0, 4:0.25"}))
     assert [changing.eval_model(at).stack_text for at in (0, 4, 5)] == [
-        "block + keep(1.0, by=random) + block",
-        "block + keep(1.0, by=random) + block",
-        "block + keep(0.25, by=random) + block",
+        "keep(1.0, by=random) + block",
+        "keep(1.0, by=random) + block",
+        "keep(0.25, by=random) + block",
     ]
     assert changing.train_step(0) is changing.train_step(3)
     assert changing.train_step(0) is not changing.train_step(4)

@@ -21,7 +21,7 @@ from ml_collections.config_dict import ConfigDict
 
 from tokenlab import models
 from tokenlab.core.config import override
-from tokenlab.core.errors import TokenLabError
+from tokenlab.core.errors import ConfigError, NonFiniteError, TokenLabError
 from tokenlab.train import experiment, initialize, loop
 from tokenlab.train.config import default_config
 from tokenlab.train.experiment import Experiment
@@ -35,10 +35,11 @@ class Small:
     train: bool
     tokens_per_example = 64
     stack_text = "block"
+    program = types.SimpleNamespace(flat=list, after=64)
 
     def init(self, key: Array) -> dict[str, Any]:
         kernel = 0.01 * jax.random.normal(key, (64, 10))
-        return {"head": {"kernel": kernel, "bias": jnp.zeros(10)}}
+        return {"embed": {}, "head": {"kernel": kernel, "bias": jnp.zeros(10)}}
 
     def abstract_state(self) -> dict[str, Any]:
         return jax.eval_shape(self.init, jax.random.key(0))
@@ -46,7 +47,7 @@ class Small:
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         return {"head/kernel": ("embed", None), "head/bias": (None,)}
 
-    def apply(self, params: Any, batch: Mapping[str, Array], *, train: bool, rng: Array) -> Any:
+    def apply(self, params: Any, batch: Any, *, train: bool, rng: Array, execution: str = "scan") -> Any:
         kept = round(64 * self.keep)
         pixels = batch["image"].reshape(-1, 64)[:, :kept]
         if train:
@@ -144,6 +145,7 @@ def test_a_run_learns_and_records(small: None, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["train_flops_per_step"] == {"": 2 * 2 * 16 * 64 * 10}
     assert facts["seconds_to_first_step"] > 0
+    assert facts["cost_table"]["total"]["train_flops"] * 16 == facts["train_flops_per_step"][""]
 
 
 def test_evaluation_counts_every_example_once(small: None, tmp_path: Path) -> None:
@@ -192,6 +194,33 @@ def test_a_signal_saves_the_step_under_way(
     assert records(tmp_path) == records(whole)
 
 
+def test_a_truncated_checkpoint_is_passed_over_and_told(
+    small: None,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 15, die)
+        loop.run(config(), tmp_path)
+    largest = max((tmp_path / "checkpoints" / "12").rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    capsys.readouterr()
+    loop.run(config(), tmp_path)
+    told = capsys.readouterr().out
+    assert "checkpoint 12" in told and "going on from step 8" in told
+    assert records(tmp_path) == records(whole)
+
+
+def test_more_steps_continue_a_run_and_fewer_are_an_error(small: None, tmp_path: Path) -> None:
+    loop.run(config(steps=8), tmp_path)
+    with pytest.raises(ConfigError, match="config.steps is 6, but the run in .* has done 8 already"):
+        loop.run(config(steps=6), tmp_path)
+    result = loop.run(config(steps=12), tmp_path)
+    assert result["step"] == 12 and result["tokens"] == 12 * 16 * 64
+
+
 def test_a_finished_run_is_left_as_it_is(small: None, tmp_path: Path) -> None:
     first = loop.run(config(steps=8), tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -200,22 +229,27 @@ def test_a_finished_run_is_left_as_it_is(small: None, tmp_path: Path) -> None:
     assert again["test"] == first["test"] and again["step"] == 8
 
 
+@pytest.mark.parametrize(
+    ("number", "saved"),
+    [(7, [4]), (9, [4, 8]), (11, [4, 8])],
+    ids=["seen at a checkpoint", "seen at a record", "seen at an evaluation"],
+)
 def test_a_value_that_is_not_finite_stops_the_run_before_it_is_saved(
-    small: None, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: None, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, saved: list[int]
 ) -> None:
     def poison(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         image = batch["image"].copy()
         image[3, 2, 1] = np.nan
         return {**batch, "image": image}
 
-    with monkeypatch.context() as patch, pytest.raises(TokenLabError) as caught:
-        before_step(patch, 11, poison)
+    with monkeypatch.context() as patch, pytest.raises(NonFiniteError) as caught:
+        before_step(patch, number, poison)
         loop.run(config(), tmp_path)
-    assert str(caught.value).startswith("step 11: batch/image is not finite")
+    assert str(caught.value).startswith(f"step {number}: batch/image is not finite")
     assert "\n" not in str(caught.value)
-    assert steps_of(tmp_path) == [4, 8]
-    assert all(np.isfinite(record["loss"]) for record in records(tmp_path))
-    # With good data the same run goes on from step 8.
+    assert steps_of(tmp_path) == saved
+    assert all(record["step"] < number for record in records(tmp_path))
+    # With good data the same run goes on from the last checkpoint.
     loop.run(config(), tmp_path)
     assert records(tmp_path) == records(whole)
 

@@ -143,6 +143,23 @@ def test_steps_are_pure_functions_of_state_and_batch() -> None:
     assert_equal(*finals)
 
 
+def test_each_step_draws_from_a_key_of_its_own() -> None:
+    class Draws(Classify):
+        def loss(self, model: Linear, params: Any, batch: Any, *, rng: Array, train: bool) -> Any:
+            loss, metrics = super().loss(model, params, batch, rng=rng, train=train)
+            return loss, {**metrics, "draw": (jax.random.uniform(rng), jnp.float32(1))}
+
+    run, state, _ = setup(Draws())
+    sums = [0.0]
+    for _ in range(3):
+        state, _ = run(state, some_batch())
+        sums.append(float(state.metrics["draw"][0]))
+    draws = np.diff(sums)
+    base = jax.random.split(jax.random.key(7, impl="threefry2x32"))[1]
+    expected = [float(jax.random.uniform(jax.random.fold_in(base, step))) for step in range(3)]
+    np.testing.assert_allclose(draws, expected, rtol=1e-5)
+
+
 def test_the_state_that_goes_in_is_donated() -> None:
     run, state, _ = setup()
     run(state, some_batch())

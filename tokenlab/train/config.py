@@ -1,0 +1,232 @@
+"""The configuration of a training run, as frozen dataclasses whose ranges are checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections.config_dict import ConfigDict
+
+from tokenlab.core import names
+from tokenlab.core.config import from_dataclass
+from tokenlab.core.errors import ConfigError
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{key} is {value!r}: expected {expected}.")
+
+
+def _whole(key: str, value: object, least: int, what: str) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool) and value >= least, key, value, what)
+
+
+def _number(key: str, value: object, inside: bool, expected: str) -> None:
+    _require(isinstance(value, int | float) and not isinstance(value, bool), key, value, expected)
+    _require(math.isfinite(value) and inside, key, value, expected)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run (`tokenlab.train.schedule` has the equations).
+
+    A number of steps is an int (that many steps) or a float in [0, 1) (that fraction of `config.steps`).
+
+    Attributes:
+        name: constant, linear, cosine, rsqrt or wsd.
+        warmup_steps: linear warm-up from 0 to the peak, for every schedule.
+        final: learning rate at the end as a fraction of the peak, in [0, 1] (linear, cosine and wsd).
+        decay_steps: length of the last, falling part (wsd only; None = 0.2).
+        timescale: steps over which 1/sqrt falls (rsqrt only; None = `warmup_steps`).
+    """
+
+    name: str = "cosine"
+    warmup_steps: int | float = 0.05
+    final: float = 0.0
+    decay_steps: int | float | None = None
+    timescale: int | float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("warmup_steps", "decay_steps", "timescale"):
+            value = getattr(self, key)
+            if value is not None:
+                expected = "a count of steps >= 0 (int) or a fraction of all steps in [0, 1) (float)"
+                key = f"optimizer.schedule.{key}"
+                _number(key, value, value >= 0 and (isinstance(value, int) or value < 1), expected)
+        _number(
+            "optimizer.schedule.final", self.final, 0 <= self.final <= 1, "a fraction of the peak in [0, 1]"
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, by its name in optax, and what is done to gradients before and to parameters after it.
+
+    Attributes:
+        name: an optax factory such as adamw, lamb, lion, sgd, adafactor.
+        learning_rate: peak of the schedule, > 0.
+        schedule: how the learning rate changes.
+        weight_decay: decay per step as a fraction of the learning rate, >= 0, of kernels only.
+        clip: largest global gradient norm, > 0; None = not clipped.
+        accumulate: microbatches per step, >= 1; it must divide `config.batch_size`.
+        ema: decay in (0, 1) of the moving average of parameters that evaluation uses; None = none is kept.
+        options: further keyword arguments of the factory, such as {"b2": 0.95}.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    weight_decay: float = 0.05
+    clip: float | None = 1.0
+    accumulate: int = 1
+    ema: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _number("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
+        _number("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        if self.clip is not None:
+            _number("optimizer.clip", self.clip, self.clip > 0, "a norm > 0, or None for no clipping")
+        _whole("optimizer.accumulate", self.accumulate, 1, "a number of microbatches >= 1")
+        if self.ema is not None:
+            _number(
+                "optimizer.ema",
+                self.ema,
+                0 < self.ema < 1,
+                "a decay in (0, 1), or None for no moving average",
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated during and after training.
+
+    Attributes:
+        split: evaluated every `config.eval_every` steps and at the end; the best checkpoint is chosen on it.
+        final_split: evaluated once, after the last step; None = not evaluated.
+        batch_size: examples per evaluation step, >= 1.
+        stack: stack expression to evaluate with; None = the training stack less its `train_only` items.
+    """
+
+    split: str = "validation"
+    final_split: str | None = "test"
+    batch_size: int = 256
+    stack: str | None = None
+
+    def __post_init__(self) -> None:
+        _whole("eval.batch_size", self.batch_size, 1, "a number of examples >= 1")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; at most one of them is -1, which stands for all devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "expert": self.expert}
+        for name, size in sizes.items():
+            _require(
+                size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices >= 1, or -1 for the rest"
+            )
+        _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Parameters to start from.
+
+    Attributes:
+        path: workdir of another run, or one of its checkpoints; None = a fresh initialisation.
+        fresh: parameter paths ("head", "items/keep") that are initialised anew instead of loaded.
+    """
+
+    path: str | None = None
+    fresh: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(
+            self.path is not None or not self.fresh, "init_from.fresh", self.fresh, "() unless path is set"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `default_config()` gives it as the ConfigDict that a file in configs/ starts from.
+
+    Attributes:
+        seed: >= 0; decides initialisation, the order of examples, augmentation and every random choice.
+        steps: optimizer steps, >= 1.
+        batch_size: examples per step over all devices and processes, >= 1.
+        log_every: steps between training records, >= 1.
+        eval_every: steps between evaluations; 0 = only at the end.
+        checkpoint_every: steps between checkpoints; 0 = only at the end.
+        keep_checkpoints: newest checkpoints that are kept (the best one is kept besides), >= 1.
+        model, task, data: what `models.build`, `tasks.build` and `data.build` read.
+        stack_vars: values of the names in the stack: numbers, or schedules such as "0:1.0, 1000:0.5".
+        compilation_cache: True = in the user's cache directory, False = off, or a directory. The environment
+            variable JAX_COMPILATION_CACHE_DIR wins over True.
+        transfer_guard: implicit transfers between host and devices inside the loop are errors.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    log_every: int = 50
+    eval_every: int = 200
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    model: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    stack_vars: Mapping[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: InitFrom = field(default_factory=InitFrom)
+    compilation_cache: bool | str = True
+    transfer_guard: bool = True
+
+    def __post_init__(self) -> None:
+        _whole("seed", self.seed, 0, "an int >= 0")
+        _require(self.seed < 2**32, "seed", self.seed, "an int below 2**32")
+        _whole("steps", self.steps, 1, "a number of steps >= 1")
+        _whole("batch_size", self.batch_size, 1, "a number of examples >= 1")
+        _whole("log_every", self.log_every, 1, "a number of steps >= 1")
+        _whole("eval_every", self.eval_every, 0, "a number of steps >= 1, or 0 for only at the end")
+        _whole(
+            "checkpoint_every", self.checkpoint_every, 0, "a number of steps >= 1, or 0 for only at the end"
+        )
+        _whole("keep_checkpoints", self.keep_checkpoints, 1, "a number of checkpoints >= 1")
+        _require(
+            self.batch_size % self.optimizer.accumulate == 0,
+            "optimizer.accumulate",
+            self.optimizer.accumulate,
+            f"a divisor of config.batch_size={self.batch_size}",
+        )
+
+
+def default_config() -> ConfigDict:
+    """Every field of a run with a default: what a file in configs/ starts from.
+
+    A ViT on the digits, trained with AdamW. `config.model`, `config.task` and `config.data` hold the settings of what
+    their `name` says and are open: another name may bring keys of its own.
+    """
+    return from_dataclass(
+        TrainConfig(
+            model={"name": "vit", **_settings("tokenlab.models", "vit", "Config")},
+            task={"name": "classify", **_settings("tokenlab.tasks", "classify", "Config")},
+            data=_settings("tokenlab.data.sources", "digits", "Config"),
+        )
+    )
+
+
+def _settings(package: str, name: str, declares: str) -> dict[str, Any]:
+    """The defaults of the settings that a model, task or source declares."""
+    return dataclasses.asdict(names.find_attr(package, name, declares)())

@@ -1,0 +1,90 @@
+"""What a model costs per example, counted: forward, training, and the table of both layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+
+from tokenlab.cost import Cost, CostTable, RowInfo, count
+from tokenlab.cost.table import KINDS
+from tokenlab.layers.program import BlockStep, ItemStep
+from tokenlab.train.step import loss_and_gradients
+
+Spec = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+class _Unrolled:
+    """A model whose stack is not folded into loops, so that every layer is counted under its own name."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.apply(*args, **kwargs, execution="unroll")
+
+
+def batch_shapes(spec: Spec, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `size` examples as ShapeDtypeStructs, "mask" included."""
+    keys = {**spec, "mask": ((), "float32")}
+    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in keys.items()}
+
+
+def forward_cost(model: Any, task: Any, spec: Spec) -> Cost:
+    """Counted cost of the forward pass of one example, up to the loss.
+
+    Args:
+      model: from `models.build`; its stack counts as it stands, with or without `train_only` items.
+      task: has `loss`, see `tokenlab.tasks.Task`.
+      spec: key -> (shape, dtype) of one example, as data sources say it.
+    """
+
+    def loss(params: Any, batch: Any, key: Array) -> Array:
+        return task.loss(_Unrolled(model), params, batch, rng=key, train=False)[0]
+
+    return count(loss, model.abstract_state(), batch_shapes(spec, 1), _key())
+
+
+def train_cost(model: Any, task: Any, spec: Spec) -> Cost:
+    """Counted cost of loss and gradients of one example, without the optimizer. Arguments as `forward_cost`."""
+    function = partial(loss_and_gradients, _Unrolled(model), task)
+    return count(function, model.abstract_state(), batch_shapes(spec, 1), _key())
+
+
+def cost_table(model: Any, task: Any, spec: Spec) -> CostTable:
+    """Tokens, parameters and counted FLOPs of one example, forward and in training, a row a layer.
+
+    Arguments as `forward_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
+    they are those its body sees. Rows are in the order of execution, "embed" first and "head" last.
+    """
+    steps = model.program.flat()
+    kinds = (*KINDS, *sorted({s.block.ffn_name for s in steps if isinstance(s, BlockStep)} - set(KINDS)))
+    return CostTable.from_costs(
+        forward_cost(model, task, spec), train_cost(model, task, spec), rows=_rows(model, steps), kinds=kinds
+    )
+
+
+def _rows(model: Any, steps: list[BlockStep | ItemStep]) -> list[RowInfo]:
+    state = model.abstract_state()
+    rows = [RowInfo("embed", model.tokens_per_example, _size(state["embed"]))]
+    for step in steps:
+        kinds = [kind for _, kind in step.kinds] if isinstance(step, BlockStep) else [step.kind]
+        # Leaves are stacked [n, ...] over the blocks or items of their kind; this step's share is one entry.
+        own = sum(_size(state.get(group, {}).get(name, {}), stacked=True) for group, name in kinds)
+        rows.append(RowInfo(step.name, step.present, own))
+    return [*rows, RowInfo("head", model.program.after, _size(state["head"]))]
+
+
+def _size(tree: Any, *, stacked: bool = False) -> int:
+    return sum(math.prod(leaf.shape[1:] if stacked else leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))

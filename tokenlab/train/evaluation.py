@@ -1,0 +1,103 @@
+"""Metrics of a model over a whole split: each example counted once, on any number of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tokenlab import data
+from tokenlab.sharding import rules
+from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.train.step import make_eval_step
+
+AHEAD = 4
+"""Batches the host may hand out before the devices have done them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """A model that is compiled once, at the first use, and then run over splits.
+
+    Attributes:
+        model: built with `train=False`.
+        task: its metrics leave out rows whose `batch["mask"]` is 0.
+        mesh: devices by axis.
+        shardings: of the parameters; None = by the model's own logical axes.
+    """
+
+    model: Any
+    task: Any
+    mesh: Mesh
+    shardings: Any = None
+
+    @cached_property
+    def params_shardings(self) -> Any:
+        """Where the parameters live."""
+        if self.shardings is not None:
+            return self.shardings
+        return rules.shardings(self.model.abstract_state(), self.model.logical_axes(), self.mesh)
+
+    @cached_property
+    def _step(self) -> Callable[..., Any]:
+        return make_eval_step(
+            self.model,
+            self.task,
+            params_shardings=self.params_shardings,
+            batch_sharding=NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"])),
+            replicated=NamedSharding(self.mesh, PartitionSpec()),
+        )
+
+    def put(self, params: Any) -> Any:
+        """Parameters, numpy arrays that every process has whole, to where they live."""
+
+        def leaf(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return jax.tree.map(leaf, params, self.params_shardings)
+
+    @property
+    def shards(self) -> int:
+        """Devices that share a batch; a batch size must be a multiple of it."""
+        return int(np.prod([self.mesh.shape[axis] for axis in DEFAULT_RULES["batch"]]))
+
+    def __call__(self, params: Any, source: data.Source, split: str, batch_size: int) -> dict[str, float]:
+        """Metrics over a whole split.
+
+        Args:
+            params: like `model.abstract_state()`, placed by `params_shardings`.
+            source: of the data.
+            split: of the source.
+            batch_size: rows of a batch over all devices, a multiple of `shards`; the last batch is padded.
+
+        Returns:
+            name -> weighted mean, summed in float64 over batches; a metric without weight is left out.
+        """
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        rows = NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        sums: list[Any] = []
+        with jax.set_mesh(self.mesh):
+            for index, batch in enumerate(data.eval_batches(source, split, batch_size, **processes)):
+                sums.append(self._step(params, place(batch, rows), place(np.int32(index), everywhere)))
+                jax.block_until_ready(sums[max(index - AHEAD, 0)])
+        totals = jax.tree.map(lambda *leaves: float(np.sum(leaves, dtype=np.float64)), *jax.device_get(sums))
+        return means(totals)
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays of this process onto the devices, as its part of global arrays."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    with jax.transfer_guard("allow"):  # asked for, which the guard cannot know here
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), tree)
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """name -> sum / weight, of what has weight; sorted by name."""
+    return {name: float(total) / float(weight) for name, (total, weight) in sorted(sums.items()) if weight}

@@ -1,0 +1,309 @@
+"""From a configuration to everything a run needs, with every check that can be made before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections.config_dict import ConfigDict
+
+from tokenlab import data, models, tasks
+from tokenlab.core.config import to_dataclass
+from tokenlab.core.errors import ConfigError
+from tokenlab.core.stack import parse
+from tokenlab.cost import flops
+from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.rules import DEFAULT_RULES, path_of
+from tokenlab.train import costs, initialize, schedule, state, step
+from tokenlab.train import optimizer as optimizers
+from tokenlab.train.config import TrainConfig
+from tokenlab.train.evaluation import Evaluator, place
+from tokenlab.train.optimizer import Optimizer
+from tokenlab.train.state import TrainState
+
+TRAIN_SPLIT = "train"
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A run that has been checked and not begun: nothing here touches the workdir or computes on a device.
+
+    Attributes:
+        config: the configuration.
+        source: of the data.
+        stream: training batches by step.
+        task: the objective.
+        mesh: devices by axis.
+        optimizer: with schedule, clipping and averaging.
+        stack_vars: numbers in the stack by step.
+        models: training model for each set of numbers, by `schedule.values_key`.
+        metric_names: what a train step sums.
+    """
+
+    config: TrainConfig
+    source: data.Source
+    stream: data.TrainStream
+    task: Any
+    mesh: Mesh
+    optimizer: Optimizer
+    stack_vars: schedule.StackVars
+    models: Mapping[str, Any]
+    metric_names: tuple[str, ...]
+    _eval_models: dict[str, Any] = field(default_factory=dict, repr=False)
+    _evaluators: dict[Any, Evaluator] = field(default_factory=dict, repr=False)
+    _steps: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
+
+    # ------------------------------------------------------------------------------------------ models
+
+    def values(self, at: int) -> str:
+        """Key of the numbers in the stack at train step `at` (steps done)."""
+        return schedule.values_key(self.stack_vars.at(at))
+
+    @property
+    def model(self) -> Any:
+        """The model of the first step."""
+        return self.models[self.values(0)]
+
+    def eval_model(self, at: int) -> Any:
+        """The model that evaluation uses after `at` steps: `config.eval.stack`, or the stack of the last step."""
+        values = self.stack_vars.at(max(at - 1, 0))
+        key = schedule.values_key(values)
+        if key not in self._eval_models:
+            self._eval_models[key] = _eval_model(self.config, self.task, self.source, values)
+        return self._eval_models[key]
+
+    # ------------------------------------------------------------------------------------------ shapes and shardings
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Rows over the batch axes."""
+        return NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """The train state as ShapeDtypeStructs that carry their shardings."""
+        shapes = jax.eval_shape(self._create)
+        places = state.shardings(shapes, self.model, self.mesh)
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+
+    @property
+    def state_shardings(self) -> TrainState:
+        """Shardings of the train state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global training batch as ShapeDtypeStructs."""
+        return costs.batch_shapes(self.source.spec, self.config.batch_size)
+
+    def leaf_names(self) -> tuple[str, ...]:
+        """Names of what the health check looks at; see `state.leaf_names`."""
+        return state.leaf_names(self.batch_shapes, self.abstract_state.params)
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """This process's rows of a batch onto the devices, as one global array a leaf."""
+        return place(dict(batch), self.batch_sharding)
+
+    # ------------------------------------------------------------------------------------------ functions
+
+    def _create(self) -> TrainState:
+        return state.create(self.model, self.optimizer, self.metric_names, self.config.seed)
+
+    def init(self, loaded: Mapping[str, np.ndarray] | None = None) -> TrainState:
+        """The state before the first step, made where it lives.
+
+        Args:
+            loaded: parameters by path that replace the initialised ones; see `initialize.load`.
+        """
+        fresh = jax.jit(self._create, out_shardings=self.state_shardings)()
+        if not loaded:
+            return fresh
+        params = initialize.merge(fresh.params, loaded)
+        wrap = partial(state.wrap, optimizer=self.optimizer, metric_names=self.metric_names)
+        return jax.jit(lambda params, key: wrap(params, key=key), out_shardings=self.state_shardings)(
+            params, fresh.key
+        )
+
+    def zero_metrics(self) -> state.Metrics:
+        """Empty sums on the devices, to begin the next record with."""
+        zeros = {name: (np.float32(0), np.float32(0)) for name in self.metric_names}
+        return place(zeros, self.replicated)
+
+    def batches(self, start: int) -> data.Prefetch[dict[str, Array]]:
+        """Training batches on the devices from step `start` to the last, made ahead as `config.data.prefetch` says."""
+        depth = data.resolve(self.config.data).prefetch
+        return data.Prefetch(self.stream.batch, start, stop=self.config.steps, depth=depth, put=self.put)
+
+    def train_step(self, at: int) -> Callable[..., tuple[TrainState, step.Report]]:
+        """The compiled step for step `at`; one for each set of numbers in the stack."""
+        key = self.values(at)
+        if key not in self._steps:
+            self._steps[key] = step.make_train_step(
+                self.models[key],
+                self.task,
+                self.optimizer,
+                shardings=self.state_shardings,
+                batch_sharding=self.batch_sharding,
+            )
+        return self._steps[key]
+
+    def evaluate(self, params: Any, split: str, at: int) -> dict[str, float]:
+        """Metrics over a whole split, each example counted once.
+
+        Args:
+            params: as in the train state; the average where one is kept (`state.evaluation_params`).
+            split: of the source.
+            at: steps done.
+
+        Returns:
+            name -> weighted mean, summed in float64 over batches; a metric without weight is left out.
+        """
+        model = self.eval_model(at)
+        if model not in self._evaluators:
+            self._evaluators[model] = Evaluator(model, self.task, self.mesh, self.state_shardings.params)
+        return self._evaluators[model](params, self.source, split, self.config.eval.batch_size)
+
+    def step_cost(self, at: int) -> flops.Cost:
+        """Counted cost of one train step: loss and gradients of one batch, without the optimizer."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        model = self.models[self.values(at)]
+        return flops.count(
+            partial(step.loss_and_gradients, model, self.task),
+            self.abstract_state.params,
+            self.batch_shapes,
+            key,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of this run, beside its environment; of JSON values."""
+        params = jax.tree.leaves(self.abstract_state.params)
+        return {
+            "parameters": sum(math.prod(leaf.shape) for leaf in params),
+            "stack": self.model.stack_text,
+            "eval_stack": self.eval_model(0).stack_text,
+            "tokens_per_example": self.model.tokens_per_example,
+            "optimizer": self.optimizer.description,
+            "mesh": dict(self.mesh.shape),
+            "cost_table": costs.cost_table(self.model, self.task, self.source.spec).to_json(),
+        }
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that enter the model in one step."""
+        return self.config.batch_size * self.model.tokens_per_example
+
+
+def build(config: Mapping[str, Any] | ConfigDict | TrainConfig) -> Experiment:
+    """Checks a configuration as far as it can be checked and makes the run's parts.
+
+    Raises:
+        TokenLabError: the first thing that is wrong, in one line; nothing was written anywhere.
+    """
+    config = to_dataclass(TrainConfig, config)
+    task = tasks.build(config.task)
+    optimizer = optimizers.build(config.optimizer, config.steps)
+    variables = schedule.stack_vars(config.stack_vars)
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    source = data.build(config.data)
+    stream = data.TrainStream(
+        source,
+        TRAIN_SPLIT,
+        config.batch_size,
+        seed=config.seed,
+        augment=data.resolve(config.data).augment,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for split in (config.eval.split, config.eval.final_split):
+        if split is not None:
+            data.num_eval_batches(source, split, config.eval.batch_size)
+    _check_rows(config, mesh)
+    built = {
+        schedule.values_key(values): _model(config, task, source, values)
+        for values in variables.distinct(config.steps)
+    }
+    experiment = Experiment(config, source, stream, task, mesh, optimizer, variables, built, metric_names=())
+    batch = experiment.batch_shapes
+    experiment = dataclasses.replace(experiment, metric_names=_metric_names(built, task, batch))
+    for start in variables.changes(config.steps):
+        _check_eval_model(experiment.eval_model(start + 1), experiment.model)
+    _ = experiment.abstract_state  # a leaf without a sharding rule is said here
+    return experiment
+
+
+def _model(config: TrainConfig, task: Any, source: data.Source, values: Mapping[str, int | float]) -> Any:
+    outputs = task.num_outputs(source)
+    return models.build(config.model, spec=source.spec, num_outputs=outputs, stack_vars=values, train=True)
+
+
+def _metric_names(built: Mapping[str, Any], task: Any, batch: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics of a train step; every model must agree on them and on the parameters, as they share one state."""
+    (first, model), *others = built.items()
+    shapes = _shapes(model.abstract_state())
+    names = step.metric_names(model, task, model.abstract_state(), batch)
+    for key, other in others:
+        params = other.abstract_state()
+        if _shapes(params) != shapes or step.metric_names(other, task, params, batch) != names:
+            raise ConfigError(
+                f"config.stack_vars: the stack has other parameters or metrics with {key} than with {first}; a number "
+                "that changes during a run may only change how many tokens are kept."
+            )
+    return names
+
+
+def _eval_model(
+    config: TrainConfig, task: Any, source: data.Source, values: Mapping[str, int | float]
+) -> Any:
+    if config.eval.stack is not None:
+        used = parse(config.eval.stack, values).used
+        values = {name: value for name, value in values.items() if name in used}
+    return models.build(
+        config.model,
+        spec=source.spec,
+        num_outputs=task.num_outputs(source),
+        stack=config.eval.stack,
+        stack_vars=values,
+        train=False,
+    )
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_eval_model(model: Any, trained: Any) -> None:
+    """The evaluation model may use fewer parameters than are trained, never others."""
+    have = _shapes(trained.abstract_state())
+    for path, shape in _shapes(model.abstract_state()).items():
+        if have.get(path) != shape:
+            found = f"has it as {have[path]}" if path in have else "does not have it"
+            raise ConfigError(
+                f"config.eval.stack needs {path} of shape {shape}, and the training stack {found}: "
+                "evaluate a stack of as many blocks whose learned items are trained too."
+            )
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Every device gets as many rows of every batch."""
+    shards = int(np.prod([mesh.shape[axis] for axis in DEFAULT_RULES["batch"]]))
+    rows = config.batch_size // config.optimizer.accumulate
+    what = "config.batch_size" + (" / config.optimizer.accumulate" if config.optimizer.accumulate > 1 else "")
+    for name, size in ((what, rows), ("config.eval.batch_size", config.eval.batch_size)):
+        if size % shards:
+            axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in DEFAULT_RULES["batch"])
+            raise ConfigError(
+                f"{name} is {size}: expected a multiple of {shards}, the devices that share it ({axes})."
+            )

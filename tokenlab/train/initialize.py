@@ -1,0 +1,94 @@
+"""Starting from the parameters of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokenlab.core.errors import CheckpointError, suggest
+from tokenlab.sharding.rules import path_of
+from tokenlab.train.checkpoint import Which, load_params
+from tokenlab.train.config import InitFrom
+
+
+def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters that a run is evaluated with: their moving average where it keeps one.
+
+    Args:
+        path: its workdir, or its checkpoints folder.
+        which: "latest", "best" or a step.
+
+    Returns:
+        (nested dicts of numpy arrays, meta data of the checkpoint).
+
+    Raises:
+        CheckpointError: as `load_params`.
+    """
+    params, meta = load_params(path, which)
+    return load_params(path, meta["step"], part="ema") if meta["ema"] else (params, meta)
+
+
+def load(config: InitFrom, shapes: Any) -> dict[str, np.ndarray]:
+    """The parameters that `config.init_from` says to load, by path ("head/kernel"); the rest is initialised.
+
+    Args:
+        config: `path` is a workdir or its checkpoints folder: its newest checkpoint is read, of it the moving average
+            where one was kept. Parameters under a path of `fresh` are left to initialisation.
+        shapes: parameters of the new model (anything with `shape`).
+
+    Raises:
+        CheckpointError: no readable checkpoint; a parameter that only one side has, or of another shape, and that is
+            not under `fresh`; or a path in `fresh` that neither side has.
+    """
+    if config.path is None:
+        return {}
+    if not Path(config.path).is_dir():
+        raise CheckpointError(
+            f"config.init_from.path is {config.path!r}, no folder: give the workdir of another run."
+        )
+    tree, _ = evaluation_params(config.path)
+    saved, wanted = _flat(tree), _flat(shapes)
+    for name in config.fresh:
+        if not any(_under(path, name) for path in (*saved, *wanted)):
+            tops = {"/".join(path.split("/")[:depth]) for path in wanted for depth in (1, 2)}
+            raise CheckpointError(
+                f"config.init_from.fresh has {name!r}, which is no parameter.{suggest(name, tops)}"
+            )
+    saved = {path: leaf for path, leaf in saved.items() if not _is_fresh(path, config)}
+    wanted = {path: leaf for path, leaf in wanted.items() if not _is_fresh(path, config)}
+    for path in sorted({*saved, *wanted}):
+        have, want = (tuple(side[path].shape) if path in side else None for side in (saved, wanted))
+        if have != want:
+            given = "does not have it" if have is None else f"has it as {have}"
+            expected = "does not have it" if want is None else f"needs it as {want}"
+            raise CheckpointError(
+                f"parameter {path}: the checkpoint in {config.path} {given}, the model {expected}; use a model that "
+                f"fits, or start it anew with config.init_from.fresh=('{'/'.join(path.split('/')[:2])}',)."
+            )
+    return saved
+
+
+def merge(params: Any, loaded: Mapping[str, np.ndarray]) -> Any:
+    """`params` with the leaves of `loaded` in their places, each where the leaf it replaces lives."""
+
+    def leaf(path: Any, old: jax.Array) -> jax.Array:
+        new = loaded.get(path_of(path))
+        return old if new is None else jax.device_put(np.asarray(new, old.dtype), old.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _under(path: str, name: str) -> bool:
+    return f"{path}/".startswith(f"{name.strip('/')}/")
+
+
+def _is_fresh(path: str, config: InitFrom) -> bool:
+    return any(_under(path, name) for name in config.fresh)

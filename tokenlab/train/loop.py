@@ -1,0 +1,270 @@
+"""The training loop: one for every model, task and data source.
+
+What a step does is in `step.py`; here steps follow each other, and at some of them a record is written, the model is
+evaluated or the state is saved. Between those the host only hands out work: it fetches nothing, and it runs at most
+`AHEAD` steps before the devices.
+
+A run that was stopped, by a signal or by a crash, goes on from its last whole checkpoint and repeats bit for bit what
+an uninterrupted run does: batches and random keys are functions of the step, and the sums of the next record are part
+of the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections.config_dict import ConfigDict
+
+from tokenlab.core.errors import ConfigError
+from tokenlab.train import compilation, initialize
+from tokenlab.train import experiment as experiments
+from tokenlab.train.checkpoint import Checkpoints
+from tokenlab.train.evaluation import means
+from tokenlab.train.experiment import Experiment
+from tokenlab.train.interrupt import Interrupt
+from tokenlab.train.progress import Progress
+from tokenlab.train.records import Workdir
+from tokenlab.train.state import TrainState, check_health, evaluation_params
+from tokenlab.train.step import Report
+from tokenlab.train.stopwatch import Stopwatch
+
+AHEAD = 4
+"""Steps the host may run before the devices: enough to keep them busy, and few enough that their batches are no burden
+and that a signal is answered soon."""
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains what `config` describes, or goes on with it where `workdir` holds a part of that run.
+
+    Args:
+        config: see `tokenlab.train.config.TrainConfig`.
+        workdir: folder of the run; made when missing. It then holds config.json, run.json, metrics.jsonl, TensorBoard
+            events and checkpoints/.
+
+    Returns:
+        "step", "flops", "tokens" and "seconds" of the run, and under the name of each split its last record: "train",
+        `config.eval.split` and `config.eval.final_split`.
+
+    Raises:
+        TokenLabError: what is wrong, in one line. Whatever can be known before training is said before the workdir is
+            touched. NonFiniteError stops a run whose values are no longer finite; its last checkpoint is from before.
+        SystemExit: 143 after SIGTERM and 130 after SIGINT, when the state of the step under way has been saved.
+    """
+    begun = time.perf_counter()
+    experiment = experiments.build(config)
+    loaded: Mapping[str, Any] = {}
+    if not _has_checkpoint(Path(workdir)):
+        loaded = initialize.load(experiment.config.init_from, experiment.model.abstract_state())
+    compilation.use_cache(experiment.config.compilation_cache)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(Workdir(workdir, config))
+        if jax.process_count() > 1:  # the first process alone decides whether the workdir may be used
+            multihost_utils.sync_global_devices("workdir")
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                folder.checkpoints,
+                keep=experiment.config.keep_checkpoints,
+                best=experiment.task.better,
+                metric=experiment.task.primary,
+            )
+        )
+        progress = stack.enter_context(
+            Progress(experiment.config.steps, batch_size=experiment.config.batch_size)
+        )
+        interrupt = stack.enter_context(Interrupt())
+        trainer = Trainer(experiment, folder, checkpoints, progress, interrupt, begun)
+        trainer.start(loaded)
+        return trainer.train()
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
+class Trainer:
+    """One run under way: its state, its totals and where it writes.
+
+    Args:
+        experiment: what to train.
+        folder, checkpoints, progress: where to write, save and report.
+        interrupt: tells of signals.
+        begun: `time.perf_counter()` at the start of the run.
+
+    Attributes:
+        step: steps done.
+        state: the train state after `step` steps.
+        flops, tokens: counted model FLOPs and tokens of training so far.
+        stopwatch: seconds of training so far.
+        results: last record by split.
+    """
+
+    state: TrainState
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Workdir,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        interrupt: Interrupt,
+        begun: float,
+    ) -> None:
+        self.experiment, self.config = experiment, experiment.config
+        self.folder, self.checkpoints = folder, checkpoints
+        self.progress, self.interrupt = progress, interrupt
+        self.step, self.flops, self.tokens = 0, 0, 0
+        self.results: dict[str, dict[str, Any]] = {}
+        self.stopwatch = Stopwatch()
+        self._begun = begun
+        self._functions: dict[str, tuple[Callable[..., Any], int]] = {}
+        self._facts: dict[str, Any] = {"compile_seconds": {}, "train_flops_per_step": {}}
+        self._leaf_names = experiment.leaf_names()
+
+    def start(self, loaded: Mapping[str, Any]) -> None:
+        """Restores the newest whole checkpoint, or begins at step 0 with the parameters in `loaded`, if any."""
+        notes = list(self.folder.notes)
+        restored = self.checkpoints.restore_latest(self.experiment.abstract_state)
+        if restored is None:
+            self.state = self.experiment.init(loaded)
+        else:
+            self.state, meta, self.step, passed_over = restored
+            self._check_step()
+            self.experiment.stream.check(meta["data"])
+            self.flops, self.tokens, self.results = meta["flops"], meta["tokens"], meta["results"]
+            self.stopwatch = Stopwatch(meta["seconds"])
+            done = self.step == self.config.steps
+            notes += [
+                *passed_over,
+                f"all {self.step} steps are done" if done else f"going on from step {self.step}",
+            ]
+        notes += self.folder.begin_run(self.experiment.facts(), self.step)
+        notes += self.folder.rewind(self.step)
+        for note in notes:
+            self.progress.note(note)
+
+    def _check_step(self) -> None:
+        if self.step > self.config.steps:
+            raise ConfigError(
+                f"config.steps is {self.config.steps}, but the run in {self.folder.path} has done {self.step} already: "
+                "give at least as many, or another workdir."
+            )
+
+    def train(self) -> dict[str, Any]:
+        """Runs the steps that are left; see `run` for what it returns and raises."""
+        config, experiment = self.config, self.experiment
+        changes = {self.step, *experiment.stack_vars.changes(config.steps)}
+        tokens = experiment.tokens_per_step
+        in_flight: deque[jax.Array] = deque()
+        guard = jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
+        with experiment.batches(self.step) as batches, guard, self.stopwatch.running():
+            for batch in batches:
+                if self.step in changes:
+                    train_step, flops = self._prepare(batch)
+                self.state, report = train_step(self.state, batch)
+                self.step += 1
+                self.flops += flops
+                self.tokens += tokens
+                in_flight.append(report.loss)
+                if len(in_flight) > AHEAD:
+                    in_flight.popleft().block_until_ready()
+                stop = self.interrupt.requested(self.step)
+                if stop or self._is_due():
+                    self._visit(report, stop=stop)
+        return {**self._totals(), **self.results}
+
+    def _totals(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "flops": self.flops,
+            "tokens": self.tokens,
+            "seconds": self.stopwatch.seconds,
+        }
+
+    def _prepare(self, batch: Mapping[str, jax.Array]) -> tuple[Callable[..., Any], int]:
+        """The compiled step for the numbers in the stack from here on, and the model FLOPs of one such step."""
+        key = self.experiment.values(self.step)
+        if key not in self._functions:
+            with self.stopwatch.paused():
+                flops = self.experiment.step_cost(self.step).model_flops
+                started = time.perf_counter()
+                with jax.set_mesh(self.experiment.mesh):
+                    compiled = self.experiment.train_step(self.step).lower(self.state, batch).compile()
+                now = time.perf_counter()
+                self._functions[key] = compiled, flops
+                self._facts["compile_seconds"][key] = now - started
+                self._facts["train_flops_per_step"][key] = flops
+                self._facts.setdefault("seconds_to_first_step", now - self._begun)
+                self.folder.update_run(self._facts)
+            what = f"train step {len(self._functions)}{f' for {key}' if key else ''}"
+            self.progress.note(f"step {self.step}: compiled {what} in {now - started:.1f} s")
+        return self._functions[key]
+
+    def _is_due(self) -> bool:
+        config, step = self.config, self.step
+        every = (config.log_every, config.eval_every, config.checkpoint_every)
+        return step == config.steps or any(count and step % count == 0 for count in every)
+
+    def _visit(self, report: Report, *, stop: bool) -> None:
+        """What happens after some steps: record, evaluation, checkpoint, stop.
+
+        In this order, so that a checkpoint of a step stands for all its records: what is lost with a process that
+        dies in between is done again.
+        """
+        config, step = self.config, self.step
+        last = step == config.steps
+        stop = stop and not last
+        if last or step % config.log_every == 0:
+            self._log(report)
+        report.loss.block_until_ready()
+        with self.stopwatch.paused():
+            metrics = None
+            if last or (config.eval_every and step % config.eval_every == 0):
+                metrics = self._evaluate(config.eval.split)
+            if last and config.eval.final_split is not None:
+                self._evaluate(config.eval.final_split)
+            if last or stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                self._save(metrics, wait=last or stop)
+        if stop:
+            self.progress.note(
+                f"{self.interrupt.name}: step {step} is saved; the same command goes on from there"
+            )
+            raise SystemExit(self.interrupt.exit_code)
+
+    def _log(self, report: Report) -> None:
+        """Writes what was summed since the last record, and begins a new sum."""
+        fetched = jax.device_get((self.state.metrics, self.state.health, report.learning_rate))
+        sums, health, rate = fetched
+        check_health(health, self._leaf_names)
+        self.state = self.state.replace(metrics=self.experiment.zero_metrics())
+        self._record("train", {**means(sums), "learning_rate": float(rate)})
+
+    def _evaluate(self, split: str) -> dict[str, float]:
+        check_health(jax.device_get(self.state.health), self._leaf_names)
+        metrics = self.experiment.evaluate(evaluation_params(self.state), split, self.step)
+        self._record(split, metrics)
+        return metrics
+
+    def _record(self, split: str, metrics: Mapping[str, float]) -> None:
+        record = {"step": self.step, "split": split, **metrics, **self._totals()}
+        self.results[split] = record
+        self.folder.record(record)
+        self.progress.record(record)
+
+    def _save(self, metrics: Mapping[str, float] | None, *, wait: bool) -> None:
+        check_health(jax.device_get(self.state.health), self._leaf_names)
+        meta = {
+            **self._totals(),
+            "data": self.experiment.stream.state(self.step),
+            "stack_vars": self.experiment.stack_vars.at(self.step),
+            "ema": self.state.ema is not None,
+            "results": self.results,
+        }
+        self.checkpoints.save(self.step, self.state, meta, metrics, wait=wait)

@@ -1,0 +1,204 @@
+"""Optimizers by their name in optax, with weight decay of kernels only, clipping and a moving average."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokenlab.core.errors import ConfigError, NameLookupError, suggest
+from tokenlab.sharding.rules import STACKED, path_of
+from tokenlab.train import schedule as schedules
+from tokenlab.train.config import OptimizerConfig
+
+# Factories of optax that are not offered, and why.
+_UNFIT = {
+    "lbfgs": "needs more than a gradient at each step",
+    "polyak_sgd": "needs more than a gradient at each step",
+    "noisy_sgd": "needs a random key of its own",
+    "optimistic_adam": "gave way to optimistic_adam_v2",
+    "rprop": "takes no learning-rate schedule",
+    "sm3": "takes no learning-rate schedule",
+}
+
+# Set by fields of their own in the configuration, so not through `options`.
+_OWN_FIELDS = ("learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask")
+
+# Parameters that stay free of weight decay whatever their rank: norms, offsets, positions and learned tokens.
+NOT_DECAYED = (
+    "scale",
+    "bias",
+    "layer_scale",
+    "norm",
+    "position",
+    "cls",
+    "registers",
+    "mask_token",
+    "temperature",
+)
+
+
+def names() -> list[str]:
+    """Names that `config.optimizer.name` may have: optax factories of a complete optimizer, sorted."""
+    found = []
+    for name in dir(optax):
+        factory = getattr(optax, name)
+        if name.startswith(("_", "scale_by")) or name in _UNFIT or not inspect.isfunction(factory):
+            continue
+        signature = inspect.signature(factory)
+        if "learning_rate" in signature.parameters and "GradientTransformation" in str(
+            signature.return_annotation
+        ):
+            found.append(name)
+    return found
+
+
+def decayed(path: str, rank: int) -> bool:
+    """Whether weight decay applies to the parameter at `path` with `rank` axes (the stacked axis included).
+
+    It does to kernels: rank >= 2 without the axis over which leaves under blocks/ and items/ are stacked, and no part
+    of the path in `NOT_DECAYED`.
+    """
+    parts = path.split("/")
+    if any(part in STACKED for part in parts):
+        rank -= 1
+    return rank >= 2 and not any(part in NOT_DECAYED for part in parts)
+
+
+def decay_mask(params: Any) -> Any:
+    """`decayed` for every leaf: a tree of bools shaped like `params` (arrays or ShapeDtypeStructs)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: decayed(path_of(path), len(leaf.shape)), params
+    )
+
+
+def _decoupled_decay(schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """Adds -learning_rate * decay * parameter to the updates of kernels, after the optimizer has scaled them.
+
+    Source: Loshchilov and Hutter 2019 (Decoupled Weight Decay Regularization), algorithm 1, line 9.
+    """
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        factor = schedule(state.count) * decay
+        updates = jax.tree.map(
+            lambda update, param, yes: update - factor * param if yes else update,
+            updates,
+            params,
+            decay_mask(params),
+        )
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What turns gradients into new parameters; made by `build`.
+
+    Attributes:
+        transform: the optax chain; its state is what checkpoints hold.
+        schedule: learning rate as a function of the steps already done.
+        clip: largest global gradient norm, or None.
+        accumulate: microbatches per step.
+        ema_decay: decay of the moving average of parameters, or None.
+        description: one line for people.
+    """
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip: float | None
+    accumulate: int
+    ema_decay: float | None
+    description: str
+
+    def init(self, params: Any) -> Any:
+        """Optimizer state of `params` (works under `jax.eval_shape`)."""
+        return self.transform.init(params)
+
+    def update(self, gradients: Any, state: Any, params: Any, norm: jax.Array) -> tuple[Any, Any]:
+        """New parameters and optimizer state.
+
+        Args:
+            gradients: like `params`, f32.
+            state: what `init` or the last `update` gave.
+            params: parameters the gradients were taken at.
+            norm: f32 scalar, the global norm of `gradients`.
+        """
+        if self.clip is not None:
+            # min(1, clip / norm): a factor of exactly 1 leaves unclipped gradients bit for bit as they were.
+            factor = jnp.where(norm > self.clip, self.clip / norm, 1.0)
+            gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+        updates, state = self.transform.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def average(self, ema: Any, params: Any, step: jax.Array) -> Any:
+        """The moving average after this step: d * ema + (1 - d) * params with d = min(decay, (1 + t) / (10 + t)).
+
+        The second term keeps the initial weights from dominating a short run. `step` is t, the steps done before.
+
+        Source: the schedule of tf.train.ExponentialMovingAverage(num_updates=t).
+        """
+        decay = jnp.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
+        return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+
+
+def build(config: OptimizerConfig, steps: int) -> Optimizer:
+    """The optimizer that the configuration names, for a run of `steps` steps.
+
+    Weight decay goes to the factory where it takes a decay with a mask (adamw, lion, lamb, lars, ...); behind any
+    other (sgd, adam, adafactor, ...) the decoupled decay is added, so that it means the same everywhere: each step
+    takes learning_rate * weight_decay of a kernel away.
+
+    Raises:
+        NameLookupError: optax has no such optimizer.
+        ConfigError: an option that the factory does not take, or a schedule that does not fit.
+    """
+    known = names()
+    if config.name not in known:
+        why = f", which {_UNFIT[config.name]}" if config.name in _UNFIT else ""
+        hint = suggest(config.name, known)
+        raise NameLookupError(
+            f"config.optimizer.name is {config.name!r}{why}: expected an optimizer of optax.{hint}"
+        )
+    factory = getattr(optax, config.name)
+    accepted = inspect.signature(factory).parameters
+    for option in config.options:
+        if option in _OWN_FIELDS:
+            raise ConfigError(
+                f"config.optimizer.options has {option!r}: give learning_rate and weight_decay as fields of "
+                "config.optimizer; the mask follows from parameter names."
+            )
+        if option not in accepted:
+            hint = suggest(option, [name for name in accepted if name not in _OWN_FIELDS])
+            raise ConfigError(
+                f"config.optimizer.options has {option!r}, which optax.{config.name} does not take.{hint}"
+            )
+    schedule = schedules.build(config.schedule, config.learning_rate, steps)
+    options = dict(config.options)
+    mask = next((name for name in ("mask", "weight_decay_mask") if name in accepted), None)
+    native = mask is not None and "weight_decay" in accepted
+    if native:
+        options |= {"weight_decay": config.weight_decay, mask: decay_mask}
+    try:
+        transform = factory(learning_rate=schedule, **options)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"optax.{config.name} does not accept config.optimizer.options: {reason}"
+        ) from error
+    if config.weight_decay and not native:
+        transform = optax.chain(transform, _decoupled_decay(schedule, config.weight_decay))
+    parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps)]
+    parts += [f"weight decay {config.weight_decay:g}"] if config.weight_decay else []
+    parts += [f"clipped at {config.clip:g}"] if config.clip is not None else []
+    parts += [f"{config.accumulate} microbatches"] if config.accumulate > 1 else []
+    parts += [f"moving average {config.ema:g}"] if config.ema is not None else []
+    return Optimizer(transform, schedule, config.clip, config.accumulate, config.ema, "; ".join(parts))

@@ -1,0 +1,241 @@
+"""The train step and the evaluation step: one compiled function each, for every model and task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.sharding import NamedSharding
+
+from tokenlab.core.errors import ConfigError
+from tokenlab.train.optimizer import Optimizer
+from tokenlab.train.state import Health, Metrics, TrainState, base_key, checked_inputs
+
+Batch = Mapping[str, Array]
+
+
+@struct.dataclass
+class Report:
+    """What a step says of itself, beside the sums in the state; it stays on the device until someone asks.
+
+    Attributes:
+        loss: f32 scalar, loss of this step.
+        learning_rate: f32 scalar, used in this step.
+    """
+
+    loss: Array
+    learning_rate: Array
+
+
+def loss_and_gradients(
+    model: Any, task: Any, params: Any, batch: Batch, rng: Array
+) -> tuple[Array, Metrics, Any]:
+    """Loss, metrics and gradients of one batch; what a training step costs is counted on this function.
+
+    Args:
+        model: from `models.build`.
+        task: has `loss(model, params, batch, *, rng, train) -> (f32 scalar, {name: (sum, weight)})`.
+        params: f32 parameters.
+        batch: name -> [B, ...].
+        rng: typed key of this step.
+
+    Returns:
+        Loss (f32 scalar), metrics, gradients like `params`.
+    """
+
+    def loss(params: Any) -> tuple[Array, Metrics]:
+        return task.loss(model, params, batch, rng=rng, train=True)
+
+    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, metrics, gradients
+
+
+def accumulated(
+    model: Any, task: Any, params: Any, batch: Batch, rng: Array, microbatches: int, pin: Callable[[Any], Any]
+) -> tuple[Array, Metrics, Any]:
+    """`loss_and_gradients`, one microbatch after the other, at the memory of one microbatch.
+
+    With w_i the weight of metric "loss" in microbatch i, loss and gradients are sum_i w_i (.)_i / sum_i w_i, so a
+    loss that is a weighted mean over the batch comes out as on the whole batch. Random choices differ: microbatch i
+    draws from fold_in(rng, i).
+
+    Args:
+        microbatches: A >= 2; it divides B. Microbatch i holds rows i, i + A, i + 2A, ..., which leaves each row on
+            the device where it is.
+        pin: constrains the sharding of the sum of gradients.
+    """
+    parts = jax.tree.map(
+        lambda leaf: jnp.moveaxis(
+            leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:]), 1, 0
+        ),
+        dict(batch),
+    )
+
+    def add(carry: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+        index, rows = part
+        loss, metrics, gradients = loss_and_gradients(
+            model, task, params, rows, jax.random.fold_in(rng, index)
+        )
+        weight = metrics["loss"][1]
+        weighted = (loss * weight, jax.tree.map(lambda leaf: leaf * weight, gradients))
+        total = jax.tree.map(jnp.add, carry, (*weighted, metrics))
+        return (total[0], pin(total[1]), total[2]), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    shapes = jax.eval_shape(
+        lambda p, rows, key: loss_and_gradients(model, task, p, rows, key), params, first, rng
+    )
+    loss, metrics, gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (loss, gradients, metrics), _ = jax.lax.scan(
+        add, (loss, pin(gradients), metrics), (jnp.arange(microbatches), parts)
+    )
+    weight = metrics["loss"][1]
+    return loss / weight, metrics, jax.tree.map(lambda leaf: leaf / weight, gradients)
+
+
+def metric_names(model: Any, task: Any, params: Any, batch: Batch) -> tuple[str, ...]:
+    """Names of the metrics a train step sums, sorted; nothing is computed.
+
+    Args:
+        params, batch: arrays or ShapeDtypeStructs.
+
+    Raises:
+        ConfigError: the task returns no metric "loss", or a loss that is no f32 scalar.
+    """
+    key = jax.eval_shape(lambda: base_key(jnp.zeros((2,), jnp.uint32)))
+    loss, metrics, _ = jax.eval_shape(
+        lambda p, b, k: loss_and_gradients(model, task, p, b, k), params, batch, key
+    )
+    name = type(task).__name__
+    if loss.shape != () or loss.dtype != jnp.float32:
+        raise ConfigError(
+            f"task {name} returns a loss of {loss.dtype}{list(loss.shape)}: expected a float32 scalar."
+        )
+    if "loss" not in metrics:
+        raise ConfigError(
+            f"task {name} returns metrics {sorted(metrics)}: expected 'loss' among them, as (sum, weight)."
+        )
+    return tuple(sorted({*metrics, "grad_norm"}))
+
+
+def _sum_of_squares(leaf: Array) -> Array:
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+
+
+def _check(health: Health, step: Array, squares: list[Array]) -> Health:
+    """Keeps the first bad leaf of the first bad step; `squares` are in the order of `leaf_names`."""
+    bad = ~jnp.isfinite(jnp.stack(squares))
+    first = jnp.any(bad) & (health.step < 0)
+    return Health(
+        step=jnp.where(first, step + 1, health.step), leaf=jnp.where(first, jnp.argmax(bad), health.leaf)
+    )
+
+
+def train_step(
+    model: Any,
+    task: Any,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch: Batch,
+    pin: Callable[[Any], Any] = lambda gradients: gradients,
+) -> tuple[TrainState, Report]:
+    """One step as a pure function: what `make_train_step` compiles.
+
+    A sum of squares per leaf gives both the gradient norm and the health check: it is not finite where the leaf has
+    a value that is not (or values beyond 1e19, which is no better). The check never reaches the host by itself.
+    """
+    rng = jax.random.fold_in(base_key(state.key), state.step)
+    if optimizer.accumulate == 1:
+        loss, metrics, gradients = loss_and_gradients(model, task, state.params, batch, rng)
+    else:
+        loss, metrics, gradients = accumulated(
+            model, task, state.params, batch, rng, optimizer.accumulate, pin
+        )
+    gradients = pin(gradients)
+    squares = [_sum_of_squares(leaf) for leaf in jax.tree.leaves(gradients)]
+    norm = jnp.sqrt(sum(squares))
+    params, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, norm)
+    inputs = [_sum_of_squares(batch[name]) for name in checked_inputs(batch)]
+    after = [_sum_of_squares(leaf) for leaf in jax.tree.leaves(params)]
+    metrics = {**metrics, "grad_norm": (norm, jnp.ones((), jnp.float32))}
+    state = TrainState(
+        step=state.step + 1,
+        key=state.key,
+        params=params,
+        optimizer=optimizer_state,
+        ema=None if state.ema is None else optimizer.average(state.ema, params, state.step),
+        metrics=jax.tree.map(lambda total, new: total + new.astype(jnp.float32), state.metrics, metrics),
+        health=_check(state.health, state.step, [*inputs, loss, *squares, *after]),
+    )
+    rate = jnp.asarray(optimizer.schedule(state.step - 1), jnp.float32)
+    return state, Report(loss=loss, learning_rate=rate)
+
+
+def make_train_step(
+    model: Any,
+    task: Any,
+    optimizer: Optimizer,
+    *,
+    shardings: TrainState | None = None,
+    batch_sharding: NamedSharding | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+    """The compiled train step: (state, batch) -> (state, report). The state that goes in is donated.
+
+    Args:
+        model, task: any pair that fits `loss_and_gradients`.
+        optimizer: from `tokenlab.train.optimizer.build`.
+        shardings: of the state, in and out; None = wherever the arrays are (one device).
+        batch_sharding: of every batch leaf, [B, ...] over its first axis; given with `shardings`.
+    """
+    if shardings is None:
+        return jax.jit(
+            lambda state, batch: train_step(model, task, optimizer, state, batch), donate_argnums=0
+        )
+
+    def pin(gradients: Any) -> Any:
+        return jax.lax.with_sharding_constraint(gradients, shardings.params)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
+        return train_step(model, task, optimizer, state, batch, pin)
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, shardings.step),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    model: Any,
+    task: Any,
+    *,
+    params_shardings: Any = None,
+    batch_sharding: NamedSharding | None = None,
+    replicated: NamedSharding | None = None,
+) -> Callable[[Any, Batch, Array], Metrics]:
+    """The compiled evaluation step: (params, batch, index) -> {name: (sum, weight)} of this batch.
+
+    Args:
+        model: built with `train=False`.
+        task: its metrics leave out rows whose `batch["mask"]` is 0.
+        params_shardings, batch_sharding, replicated: as in `make_train_step`; all or none.
+
+    `index` is the number of the batch (i32 scalar): random choices in the model are a function of it alone, so
+    an evaluation repeats exactly.
+    """
+
+    def step(params: Any, batch: Batch, index: Array) -> Metrics:
+        rng = jax.random.fold_in(base_key(jnp.zeros((2,), jnp.uint32)), index)
+        _, metrics = task.loss(model, params, batch, rng=rng, train=False)
+        return metrics
+
+    if params_shardings is None:
+        return jax.jit(step)
+    return jax.jit(
+        step, in_shardings=(params_shardings, batch_sharding, replicated), out_shardings=replicated
+    )
