@@ -122,7 +122,9 @@ def parse(text: str, variables: Mapping[str, int | float] | None = None) -> Stac
         raise StackError(f"stack: expected an expression such as 'block*12', got {text!r}.")
     text = " ".join(text.split())
     if len(text) > MAX_CHARACTERS:
-        raise StackError(f"stack: the expression has {len(text)} characters; at most {MAX_CHARACTERS} are read.")
+        raise StackError(
+            f"stack: the expression has {len(text)} characters; at most {MAX_CHARACTERS} are read."
+        )
     for column, character in enumerate(text):
         if not character.isascii():
             fail(text, Span(column, column + 1), f"only ASCII is read here, got {character!r}.")
@@ -199,7 +201,9 @@ class _Reader:
     def times(self, tree: ast.AST) -> int:
         value = self.value(tree, depth=0)
         if isinstance(value, Call):
-            self.fail(tree, f"expected a whole number of repetitions, got the name {value.name!r}{self.hint(value)}")
+            self.fail(
+                tree, f"expected a whole number of repetitions, got the name {value.name!r}{self.hint(value)}"
+            )
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value:
             self.fail(tree, f"expected a whole number of repetitions >= 1, got {value!r}.")
         if value > MAX_STEPS:
@@ -234,7 +238,9 @@ class _Reader:
             case _:
                 self.fail(tree, "expected a name before '('.")
 
-    def arguments(self, tree: ast.Call, depth: int) -> tuple[tuple[Value, ...], tuple[tuple[str, Value], ...]]:
+    def arguments(
+        self, tree: ast.Call, depth: int
+    ) -> tuple[tuple[Value, ...], tuple[tuple[str, Value], ...]]:
         args = []
         for argument in tree.args:
             if isinstance(argument, ast.Starred):

@@ -58,7 +58,9 @@ def append_rest(part: Tokens, full: Tokens, indices: Array, x: Array) -> Tokens:
         one = one.replace(valid=jnp.any(rest & full.valid, axis=1, keepdims=True))
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), part.replace(owner=None), one)
     owner = part.owner
-    if owner is not None:  # what was dropped just now is carried by the new token; what was dropped before is gone
+    if (
+        owner is not None
+    ):  # what was dropped just now is carried by the new token; what was dropped before is gone
         owner = jnp.where((owner < 0) & (full.owner >= 0), part.count, owner)
     return joined.replace(owner=owner)
 

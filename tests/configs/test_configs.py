@@ -1,0 +1,33 @@
+"""Every file in configs/ is a run that could start: model, data, optimizer and stack fit each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from tokenlab.core import config as configs
+from tokenlab.train import experiment
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(FOLDER.glob("**/*.py"))
+
+
+def test_there_are_configs() -> None:
+    assert FOLDER / "quickstart.py" in FILES
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_builds(file: Path) -> None:
+    config = configs.load(file)
+    built = experiment.build(config)
+    assert jax.tree.leaves(built.abstract_state.params)
+    assert built.step_cost(0).model_flops > 0
+    assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_says_what_it_is_and_how_to_run_it(file: Path) -> None:
+    text = file.read_text()
+    assert f"--config=configs/{file.relative_to(FOLDER)}" in text.split('"""')[1]

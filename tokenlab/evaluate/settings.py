@@ -1,0 +1,98 @@
+"""With which settings a trained model is evaluated: those of its run, and the few that may be others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenlab.core.config import override, to_dataclass
+from tokenlab.core.errors import ConfigError
+from tokenlab.core.stack import parse
+from tokenlab.train import schedule
+from tokenlab.train.config import TrainConfig
+from tokenlab.train.records import read_config
+
+MAY_CHANGE = (
+    "model.stack",
+    "model.execution",
+    "model.dtype",
+    "model.attention",
+    "eval.stack",
+    "eval.batch_size",
+    "stack_vars.*",
+    "data.*",
+    "mesh.*",
+    "compilation_cache",
+)
+"""What may be other than in training: none of it changes which weights there are, or what they were trained on."""
+
+_WHY_NOT = {
+    "eval.split": "give --split instead",
+    "eval.final_split": "give --split instead",
+    "data.augment": "only training images are augmented",
+    "data.prefetch": "it is about training batches",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+      config: of the run, with what was overridden.
+      stack: the expression to evaluate with; None for the model's own default.
+      overridden: names of the stack variables that were given anew.
+    """
+
+    config: TrainConfig
+    stack: str | None
+    overridden: frozenset[str]
+
+    def stack_vars(self, step: int) -> dict[str, int | float]:
+        """The numbers that names in the stack stand for after `step` steps of training.
+
+        A schedule holds as it did in the last step. Variables of the training run that the stack does not name are
+        left out; one that was given for this evaluation and is not named is left in, and so told.
+        """
+        values = schedule.stack_vars(self.config.stack_vars).at(max(step - 1, 0))
+        used = parse(self.stack, values).used if self.stack is not None else frozenset()
+        return {name: value for name, value in values.items() if name in used | self.overridden}
+
+
+def read(workdir: str | Path, overrides: Mapping[str, Any]) -> Settings:
+    """The settings of a run's workdir, with overrides.
+
+    Args:
+      workdir: of a training run.
+      overrides: dotted key -> text or value, as `tokenlab.core.config.override` takes them.
+
+    Raises:
+      ConfigError: no configuration there; a key that makes no sense at evaluation, or an unknown one; a value of
+        another type; both config.model.stack and config.eval.stack.
+    """
+    saved = read_config(workdir)
+    saved.stack_vars.unlock()  # a stack given here may name variables of its own
+    saved.data.unlock()  # another source may have options of its own
+    config = override(saved, overrides)  # first, so that a misspelt key is told as such
+    for key in overrides:
+        _check(key)
+    if {"model.stack", "eval.stack"} <= overrides.keys():
+        raise ConfigError(
+            "config.model.stack and config.eval.stack are both given: at evaluation they mean the same, give one."
+        )
+    checked = to_dataclass(TrainConfig, config)
+    chosen = checked.model.get("stack")
+    if "model.stack" not in overrides and checked.eval.stack is not None:
+        chosen = checked.eval.stack
+    given = {key.partition(".")[2] for key in overrides if key.startswith("stack_vars.")}
+    return Settings(checked, chosen, frozenset(given))
+
+
+def _check(key: str) -> None:
+    """Raise a ConfigError for a key that has no business at evaluation."""
+    group = f"{key.split('.')[0]}.*"
+    if key in _WHY_NOT or not {key, group} & {*MAY_CHANGE}:
+        why = _WHY_NOT.get(key, f"what may be changed at evaluation is {', '.join(MAY_CHANGE)}")
+        raise ConfigError(f"config.{key} belongs to training and cannot be changed at evaluation: {why}.")
