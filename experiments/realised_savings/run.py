@@ -2,8 +2,8 @@
 
     python experiments/realised_savings/run.py [--json=FILE] [--repeats=9] [--batch=8]
 
-A ViT-Ti/16 at 224 px (196 patches and CLS), float32. Every stack is compiled scanned and unrolled and the faster is taken,
-for the dense one too; repeats are interleaved, so that what else the machine does falls on all alike; medians count.
+A ViT-Ti/16 at 224 px (196 patches and CLS), float32. Every stack is compiled scanned and unrolled and the faster is
+taken, for the dense one too; repeats are interleaved, so that what else the machine does falls on all alike.
 
     realised = (1 - seconds / seconds of dense) / (1 - FLOPs / FLOPs of dense)
 

@@ -70,7 +70,7 @@ def test_merge_conserves(tokens):
     assert merged.count == N - 3
     # Sizes count the valid tokens only; every original token has an owner; coordinates are averaged by size.
     np.testing.assert_array_equal(merged.size.sum(axis=1), [8, 8])
-    for owner, size, x, coords in zip(merged.owner, merged.size, merged.x, merged.coords, strict=True):
+    for owner, size, coords in zip(merged.owner, merged.size, merged.coords, strict=True):
         owner = np.asarray(owner)
         assert sorted(set(owner.tolist())) == list(range(N - 3))
         for token in range(N - 3):

@@ -17,6 +17,7 @@ from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Reading
 from tokenlab.layers.context import Aux, Context
 from tokenlab.ops import select
+from tokenlab.ops.gather import gather
 
 Amount: TypeAlias = int | float
 """An int is a count, a float a fraction of the unprotected tokens present; so 1 and 1.0 differ."""
@@ -143,6 +144,25 @@ class Item:
           body: for wrappers, the stack inside.
         """
         raise TypeError(f"{type(self).__name__} does not define __call__.")
+
+
+def choose(
+    by: Score,
+    params: Params,
+    tokens: Tokens,
+    readings: Mapping[str, Array],
+    key: Array,
+    wanted: int,
+) -> tuple[Array, Array | None]:
+    """The `wanted` best-scored unprotected tokens, behind the protected ones.
+
+    Returns:
+      indices [B, protected + wanted], ascending; the scores of those tokens when the score is learned, to gate what
+      becomes of them (`tokenlab.ops.gate.straight_through`), else None.
+    """
+    scores = by(params.get("score", {}), tokens, readings, key)
+    indices = select.top_k(scores, wanted, protected=tokens.protected, valid=tokens.valid)
+    return indices, gather(scores, indices) if params else None
 
 
 def kept(amount: Amount, present: int, protected: int, what: str) -> int:

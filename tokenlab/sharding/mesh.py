@@ -16,8 +16,7 @@ AXES = ("data", "fsdp", "tensor", "expert")
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor and expert, in this order; use it under `jax.set_mesh`.
 
-    The axes are of type Auto: `jax.make_mesh` would make them Explicit, under which a sharding constraint is
-      an
+    The axes are of type Auto: `jax.make_mesh` would make them Explicit, under which a sharding constraint is an
     assertion instead of a wish.
 
     Args:

@@ -10,11 +10,10 @@ from jax import Array
 
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.item import Amount, Body, Item, Params, Score, kept
+from tokenlab.layers.item import Amount, Body, Item, Params, Score, choose, kept
 from tokenlab.layers.scores.norm import Norm
-from tokenlab.ops import carry, select
+from tokenlab.ops import carry
 from tokenlab.ops.gate import straight_through
-from tokenlab.ops.gather import gather
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,10 @@ class Keep(Item):
         body: Body | None = None,
     ) -> tuple[Tokens, Aux]:
         """[B, N, ...] -> [B, protected + K, ...], in the order of position."""
-        scores = self.by(params.get("score", {}), tokens, readings, key)
         wanted = kept(self.amount, tokens.count, tokens.protected, "keep")
-        indices = select.top_k(scores, wanted, protected=tokens.protected, valid=tokens.valid)
+        indices, gate = choose(self.by, params, tokens, readings, key, wanted)
         part = carry.take(tokens, indices)
-        if params:  # the score learns through what it keeps
-            gate = gather(scores, indices)
+        if gate is not None:  # the score learns through what it keeps
             part = part.replace(x=straight_through(part.x, part.x, gate, protected=part.protected))
         return part, Aux()
 

@@ -10,11 +10,10 @@ from jax import Array
 
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.item import Amount, Body, Item, Params, Score, kept
+from tokenlab.layers.item import Amount, Body, Item, Params, Score, choose, kept
 from tokenlab.layers.scores.random import Random
-from tokenlab.ops import carry, select
+from tokenlab.ops import carry
 from tokenlab.ops.gate import straight_through
-from tokenlab.ops.gather import gather
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,11 @@ class Skip(Item):
         body: Body | None = None,
     ) -> tuple[Tokens, Aux]:
         """[B, N, ...] -> [B, N, ...]; tokens that are not kept come out as they went in."""
-        scores = self.by(params.get("score", {}), tokens, readings, key)
         wanted = kept(self.keep, tokens.count, tokens.protected, "skip: keep")
-        indices = select.top_k(scores, wanted, protected=tokens.protected, valid=tokens.valid)
+        indices, gate = choose(self.by, params, tokens, readings, key, wanted)
         part = carry.take(tokens, indices)
         done, aux = body(part)
-        if params:  # the score learns through what the body changed
-            gate = gather(scores, indices)
+        if gate is not None:  # the score learns through what the body changed
             done = done.replace(x=straight_through(done.x, done.x - part.x, gate, protected=done.protected))
         return carry.restore(tokens, done, indices), aux
 
