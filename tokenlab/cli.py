@@ -17,6 +17,7 @@ from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, NameLookupError, StackError, TokenLabError, suggest
 
 PROGRAM = "tokenlab"
+PIPE_WIDTH = 160  # columns of a table that does not go to a terminal
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -114,7 +115,10 @@ def cost(arguments: Arguments) -> None:
     else:
         from rich.console import Console
 
-        Console().print(table.to_rich())
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=PIPE_WIDTH)
+        console.print(table.to_rich(width=console.width))
 
 
 def list_(arguments: Arguments) -> None:

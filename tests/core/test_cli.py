@@ -143,7 +143,7 @@ class TestCost:
         def to_markdown(self):
             return "| total |\n"
 
-        def to_rich(self):
+        def to_rich(self, width=None):
             return "a rich table"
 
     def test_table_markdown_and_json(self, config, tmp_path, package, capsys):

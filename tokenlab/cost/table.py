@@ -7,11 +7,14 @@ only sorts them into rows and columns, and fails if one FLOP is lost on the way.
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from tokenlab.core.errors import CostError
@@ -19,6 +22,9 @@ from tokenlab.cost.flops import Cost
 
 OTHER = "other"
 KINDS = ("attention/projections", "attention/maps", "attention/readings", "mlp", "router")
+
+
+_WIDE = Console(width=1000, file=io.StringIO())  # only measures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +195,25 @@ class CostTable:
             }
         return result
 
-    def to_rich(self, dense: CostTable | None = None, *, title: str | None = None) -> Table:
-        """The table for a terminal; with `dense`, each row, group and total also as a fraction of the dense one's."""
-        header, lines = self._cells(dense)
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    def to_rich(
+        self, dense: CostTable | None = None, *, title: str | None = None, width: int | None = None
+    ) -> Table:
+        """The table for a terminal; with `dense`, each row, group and total also as a fraction of the dense one's.
+
+        Kinds of operation and bytes are left out where the whole table does not fit into `width` columns; None is wide
+        enough for all.
+        """
+        table = self._rich(dense, title, detail=True)
+        needed = Measurement.get(_WIDE, _WIDE.options, table).maximum
+        return table if width is None or needed <= width else self._rich(dense, title, detail=False)
+
+    def _rich(self, dense: CostTable | None, title: str | None, detail: bool) -> Table:
+        header, lines = self._cells(dense, detail)
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for index, name in enumerate(header):
             last = name.split(" / ") if " / " in name else name.rsplit("/", 1)[-1].split()
             stacked = "\n".join(last)  # narrow columns: the words of a header one above the other
-            table.add_column(stacked, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            table.add_column(stacked, justify="left" if index == 0 else "right", no_wrap=True)
         for line in lines:
             if line is None:
                 table.add_section()
@@ -212,10 +229,14 @@ class CostTable:
             "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *filter(None, lines))) + "\n"
         )
 
-    def _cells(self, dense: CostTable | None) -> tuple[list[str], list[list[str] | None]]:
+    def _cells(
+        self, dense: CostTable | None, detail: bool = True
+    ) -> tuple[list[str], list[list[str] | None]]:
         """Header and lines of text; None is a rule between sections. Columns that are zero throughout are left out."""
-        kinds = [kind for kind in self.kinds if any(row.forward_by_kind[kind] for row in self.rows)]
-        with_bytes = any(row.forward_bytes or row.train_bytes for row in self.rows)
+        kinds = [
+            kind for kind in self.kinds if detail and any(row.forward_by_kind[kind] for row in self.rows)
+        ]
+        with_bytes = detail and any(row.forward_bytes or row.train_bytes for row in self.rows)
         header = ["layer", "tokens", "params", *kinds, "forward FLOPs", "training FLOPs"]
         header += ["forward bytes", "training bytes"] * with_bytes
         header += ["forward / dense", "training / dense"] * (dense is not None)

@@ -35,9 +35,9 @@ class CostReport:
         """Rows, total, the dense total and what each group costs of the dense one's; FLOPs and bytes are integers."""
         return {"title": self.title, **self.table.to_json(self.dense)}
 
-    def to_rich(self) -> Table:
-        """For a terminal."""
-        return self.table.to_rich(self.dense, title=self.title)
+    def to_rich(self, width: int | None = None) -> Table:
+        """For a terminal of `width` columns, see `CostTable.to_rich`."""
+        return self.table.to_rich(self.dense, title=self.title, width=width)
 
     def to_markdown(self) -> str:
         """In Markdown."""

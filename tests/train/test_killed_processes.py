@@ -1,0 +1,121 @@
+"""Real processes, really killed: the same command goes on, and every quality field is the same bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STACK = "block + skip(keep=0.5, by=random)(block) + block + keep(0.5, by=cls) + block"
+OVERRIDES = {
+    "steps": 300,
+    "batch_size": 32,
+    "log_every": 7,
+    "eval_every": 40,
+    "checkpoint_every": 25,
+    "model.size": "nano/2",
+    "model.stack": STACK,
+    "model.drop_path": 0.1,
+    "optimizer.ema": 0.99,
+}
+
+
+def command(workdir: Path) -> list[str]:
+    changes = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    return [
+        sys.executable,
+        "-m",
+        "tokenlab.cli",
+        "train",
+        "--config=configs/quickstart.py",
+        f"--workdir={workdir}",
+        *changes,
+    ]
+
+
+def start(workdir: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command(workdir),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(process: subprocess.Popen[str], step: int) -> list[str]:
+    """Lines up to the record of `step` or later."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
+            return lines
+    raise AssertionError("ended before it was to be stopped:\n" + "\n".join(lines))
+
+
+def finish(workdir: Path) -> str:
+    process = start(workdir)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def records(workdir: Path) -> list[dict]:
+    """All but the times, which no two runs share."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(workdir)
+    found = records(workdir)
+    assert found[-1]["step"] == OVERRIDES["steps"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_9_at_random_steps(whole, tmp_path, seed):
+    chance = random.Random(seed)
+    workdir = tmp_path / "run"
+    for low, high in ((20, 120), (130, 280)):
+        process = start(workdir)
+        until(process, chance.randint(low, high))
+        time.sleep(chance.random() * 0.05)  # anywhere in a step or a checkpoint
+        process.kill()
+        process.wait()
+    finish(workdir)
+    assert records(workdir) == whole
+
+
+@pytest.mark.slow
+def test_sigterm_then_a_truncated_checkpoint(whole, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    until(process, 100)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    newest = max(
+        (p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+    )
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    output = finish(workdir)
+    assert f"checkpoint {newest.name}" in output.lower() or newest.name in output, output
+    assert records(workdir) == whole
+    aside = list(workdir.glob("metrics.aside-*.jsonl"))
+    assert aside, "records past the restored step were not moved aside"
