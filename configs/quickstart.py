@@ -12,7 +12,7 @@ from tokenlab.train import default_config
 def get_config() -> ConfigDict:
     """The run; every field can be changed with --config.KEY=VALUE."""
     config = default_config()
-    config.steps = 600
+    config.steps = 700
     config.batch_size = 128
     config.log_every = 50
     config.eval_every = 200

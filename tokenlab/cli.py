@@ -95,7 +95,7 @@ def evaluate(arguments: Arguments) -> None:
         overrides=dict(arguments.overrides),
         split=arguments.values["split"],
         json=target,
-        pictures="pictures" in arguments.switches,
+        pictures="no-pictures" not in arguments.switches,
     )
 
 
@@ -208,7 +208,7 @@ COMMANDS: dict[str, Command] = {
             Flag("workdir", "folder of a training run", "DIR", required=True),
             Flag("split", "split of the data", "NAME", default="test"),
             _JSON,
-            Flag("pictures", "also draw which tokens each reduction keeps, drops and merges"),
+            Flag("no-pictures", "do not draw report.png and tokens.png into the workdir"),
         ),
         overrides=True,
         hints={"config": "the workdir knows its configuration; change fields of it with --config.KEY=VALUE"},

@@ -94,8 +94,8 @@ class TestEvaluate:
             "--config.model.stack=block*2 + keep(0.5)",
             "--split=validation",
         )
-        assert run(capsys, *words, f"--json={tmp_path / 'r.json'}", "--pictures")[0] == 0
-        assert run(capsys, "evaluate", "--workdir", tmp_path)[0] == 0
+        assert run(capsys, *words, f"--json={tmp_path / 'r.json'}")[0] == 0
+        assert run(capsys, "evaluate", "--workdir", tmp_path, "--no-pictures")[0] == 0
         assert calls == [
             (
                 (str(tmp_path),),

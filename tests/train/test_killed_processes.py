@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def until(process: subprocess.Popen[str], step: int) -> list[str]:
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
-        if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
+        record = re.match(r"step (\d+)/", line)
+        if record and int(record[1]) >= step:
             return lines
     raise AssertionError("ended before it was to be stopped:\n" + "\n".join(lines))
 

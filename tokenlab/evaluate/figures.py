@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from tokenlab import tasks
 from tokenlab.core.errors import DataError
@@ -50,6 +50,7 @@ def report(workdir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pat
     for axes, (key, label) in zip(grid[-1], AGAINST.items(), strict=True):
         axes.set_xlabel(label)
         if key == "flops":
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(EngFormatter(places=None, sep=" "))
     figure.legend(
         *_legend(grid[1][0], grid[0][0]), loc="outside lower center", ncols=6, frameon=False, fontsize=9
