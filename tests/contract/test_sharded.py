@@ -25,7 +25,9 @@ from tokenlab.train.step import make_train_step, metric_names
 EACH = 11  # examples a device: a prime that divides no dimension of a parameter
 STEPS = 20
 TOGETHER = "block + keep(0.75, by=cls) + skip(keep=0.5, by=norm)(block) + block + merge(2) + block"
-FOUND = parts.find()
+FOUND = list(
+    {(part.role, part.name): part for part in reversed(parts.find())}.values()
+)  # the first stack of each
 
 
 def batches(count):
