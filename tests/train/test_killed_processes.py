@@ -98,7 +98,7 @@ def test_kill_9_at_random_steps(whole, tmp_path, seed):
         until(process, chance.randint(low, high))
         time.sleep(chance.random() * 0.05)  # anywhere in a step or a checkpoint
         process.kill()
-        process.wait()
+        process.communicate()  # closes the pipe too
     finish(workdir)
     assert records(workdir) == whole
 
