@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.size = "toy/2"  # width 64, 4 heads; 16 patches and a class token
     config.model.stack = "block*4"
 
-    config.data.augment = "rotate(10)"
+    config.data.transform = "rotate(10)"
 
     config.optimizer.learning_rate = 2e-3
     return config

@@ -1,4 +1,4 @@
-"""The command line: `tokenlab train | evaluate | cost | list`.
+"""The command line: `tokenlab train | evaluate | cost | data | list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenlab.core import names
-from tokenlab.core.errors import ConfigError, NameLookupError, StackError, TokenLabError, suggest
+from tokenlab.core.errors import ConfigError, NameLookupError, TokenLabError, suggest
 
 PROGRAM = "tokenlab"
 PIPE_WIDTH = 160  # columns of a table that does not go to a terminal
+HELP_WIDTH = 118
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -87,6 +89,8 @@ def evaluate(arguments: Arguments) -> None:
     workdir = Path(arguments.values["workdir"])
     if not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    if {"pictures", "no-pictures"} <= arguments.switches:
+        raise ConfigError("evaluate: --pictures and --no-pictures contradict each other; give one of them.")
     target = _writable(arguments.values["json"])
     from tokenlab.evaluate import run
 
@@ -95,7 +99,9 @@ def evaluate(arguments: Arguments) -> None:
         overrides=dict(arguments.overrides),
         split=arguments.values["split"],
         json=target,
-        pictures="no-pictures" not in arguments.switches,
+        pictures="all" if "pictures" in arguments.switches else "no-pictures" not in arguments.switches,
+        per_class="per-class" in arguments.switches,
+        probes=arguments.values["probe"],
     )
 
 
@@ -119,6 +125,35 @@ def cost(arguments: Arguments) -> None:
         if not console.is_terminal:
             console = Console(width=PIPE_WIDTH)
         console.print(table.to_rich(width=console.width))
+
+
+def data(arguments: Arguments) -> None:
+    """List the data sets there are, show one, or prepare one."""
+    from tokenlab.data import show
+
+    values = arguments.values
+    show.run(arguments.words, data_dir=values["data-dir"], png=values["png"], split=values["split"])
+
+
+def import_(arguments: Arguments) -> None:
+    """Make a workdir of the weights in a file."""
+    if len(arguments.words) != 1:
+        raise ConfigError(f"import: expected one FILE.safetensors, got {len(arguments.words)} files.")
+    if not Path(arguments.words[0]).is_file():
+        raise ConfigError(f"import: {arguments.words[0]} is not a file: expected FILE.safetensors.")
+    from tokenlab.core import config
+
+    wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
+    from tokenlab.interop import import_weights
+
+    notes = import_weights(
+        arguments.words[0],
+        arguments.values["workdir"],
+        wanted,
+        given=arguments.overrides,
+        fresh_head="fresh-head" in arguments.switches,
+    )
+    print("\n".join(notes))
 
 
 def list_(arguments: Arguments) -> None:
@@ -208,9 +243,13 @@ COMMANDS: dict[str, Command] = {
             Flag("workdir", "folder of a training run", "DIR", required=True),
             Flag("split", "split of the data", "NAME", default="test"),
             _JSON,
-            Flag("no-pictures", "do not draw report.png and tokens.png into the workdir"),
+            Flag("per-class", "also print precision, recall and F1 of each class"),
+            Flag("probe", "learn from the train split's features: knn, linear or knn,linear", "NAMES"),
+            Flag("pictures", "also draw predictions.png, calibration.png and confusion.png into the workdir"),
+            Flag("no-pictures", "do not draw report.png and tokens.png either"),
         ),
         overrides=True,
+        more='--config.eval.stack="A; B; C" compares several stacks on the same weights and data.',
         hints={"config": "the workdir knows its configuration; change fields of it with --config.KEY=VALUE"},
     ),
     "cost": Command(
@@ -218,6 +257,29 @@ COMMANDS: dict[str, Command] = {
         "count tokens, parameters and FLOPs of a configuration, layer by layer",
         (_CONFIG, _JSON, Flag("markdown", "print the table in Markdown")),
         overrides=True,
+    ),
+    "data": Command(
+        data,
+        "list the data sets there are, show one with a contact sheet, or prepare one of TFDS",
+        (
+            Flag("data-dir", "folder of TFDS sets (default: $TFDS_DATA_DIR, else TFDS's own)", "DIR"),
+            Flag("png", "show: the contact sheet (default: NAME.png in this folder)", "FILE"),
+            Flag("split", "show: split to count and draw (default: train, else the first)", "NAME"),
+        ),
+        words="list | show NAME | prepare NAME",
+        more="NAME is a TFDS set in that folder, the folder of one, or a source that needs no files.",
+    ),
+    "import": Command(
+        import_,
+        "make a workdir of weights from timm, Hugging Face or DINOv2",
+        (
+            _CONFIG,
+            Flag("workdir", "folder to make", "DIR", required=True),
+            Flag("fresh-head", "start the classifier at zeros instead of taking the file's"),
+        ),
+        overrides=True,
+        words="FILE.safetensors",
+        more="The configuration supplies data and task; the settings of the model come from the weights.",
     ),
     "list": Command(
         list_,
@@ -241,11 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _run(words[0], words[1:])
         sys.stdout.flush()
-    except StackError as error:  # the one message of several lines: a caret stands under the place
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
     except TokenLabError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {_message(error)}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -253,6 +312,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _message(error: TokenLabError) -> str:
+    """One line, but where a caret stands under the place in a stack or a transform."""
+    text = str(error)
+    last = text.rpartition("\n")[2]
+    return text if last and not last.strip(" ^") else " ".join(text.split())
 
 
 def _run(name: str, words: Sequence[str]) -> None:
@@ -360,7 +426,10 @@ def _help_of(name: str) -> str:
     if command.words:
         usage.append(f"[{command.words} ...]")
     about = f"{command.summary[0].upper()}{command.summary[1:]}."
-    return "\n".join([f"usage: {' '.join(usage)}", "", about, "", *lines, command.more]).rstrip()
+    usage = textwrap.wrap(
+        f"usage: {' '.join(usage)}", HELP_WIDTH, subsequent_indent="       ", break_on_hyphens=False
+    )
+    return "\n".join([*usage, "", about, "", *lines, command.more]).rstrip()
 
 
 if __name__ == "__main__":

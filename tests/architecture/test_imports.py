@@ -40,6 +40,10 @@ ORDER = (
 NAMES = f"{PACKAGE}.core.names"
 LOOKUPS = ("find", "find_attr", "list_modules")
 DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "array_record": "array_record",
+    "cv2": "opencv-python-headless",
+    "google": "protobuf",
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",
 }  # where import and distribution differ

@@ -96,6 +96,9 @@ class TestEvaluate:
         )
         assert run(capsys, *words, f"--json={tmp_path / 'r.json'}")[0] == 0
         assert run(capsys, "evaluate", "--workdir", tmp_path, "--no-pictures")[0] == 0
+        more = ("--pictures", "--per-class", "--probe=knn,linear")
+        assert run(capsys, "evaluate", "--workdir", tmp_path, *more)[0] == 0
+        rest = {"overrides": {}, "split": "test", "json": None}
         assert calls == [
             (
                 (str(tmp_path),),
@@ -104,9 +107,12 @@ class TestEvaluate:
                     "split": "validation",
                     "json": str(tmp_path / "r.json"),
                     "pictures": True,
+                    "per_class": False,
+                    "probes": None,
                 },
             ),
-            ((str(tmp_path),), {"overrides": {}, "split": "test", "json": None, "pictures": False}),
+            ((str(tmp_path),), {**rest, "pictures": False, "per_class": False, "probes": None}),
+            ((str(tmp_path),), {**rest, "pictures": "all", "per_class": True, "probes": "knn,linear"}),
         ]
 
     @pytest.mark.parametrize(
@@ -116,6 +122,7 @@ class TestEvaluate:
                 ["--config=x.py"],
                 "evaluate takes no --config: the workdir knows its configuration; change fields of it",
             ),
+            (["--pictures", "--no-pictures"], "evaluate: --pictures and --no-pictures contradict each other"),
             (
                 ["--json=/no/such/folder/x.json"],
                 "--json=/no/such/folder/x.json cannot be written: expected a file in",

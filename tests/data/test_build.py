@@ -16,20 +16,24 @@ from tokenlab.data.sources import digits
 
 
 def test_by_name_from_dict_and_config_dict() -> None:
-    for config in ({"name": "digits"}, ConfigDict({"name": "digits", "augment": "shift(1)"}), {}):
+    for config in ({"name": "digits"}, ConfigDict({"name": "digits", "transform": "shift(1)"}), {}):
         assert data.build(config).name == "digits"
-    assert data.resolve({"augment": "shift(1)"}) == digits.Config(augment="shift(1)")
+    assert data.resolve({"transform": "shift(1)"}) == digits.Config(transform="shift(1)")
 
 
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
         ({"name": "digit"}, NameLookupError, "Did you mean 'digits'?"),
-        ({"name": "digits", "augmnet": "x"}, ConfigError, "config.data.*'augmnet'.*Did you mean 'augment'?"),
-        ({"name": "digits", "augment": 3}, ConfigError, "config.data.augment"),
+        (
+            {"name": "digits", "transfrom": "x"},
+            ConfigError,
+            "config.data.*'transfrom'.*Did you mean 'transform'?",
+        ),
+        ({"name": "digits", "transform": 3}, ConfigError, "config.data.transform"),
         ({"name": "digits", "prefetch": "2"}, ConfigError, "config.data.prefetch"),
-        ({"name": "digits", "augment": "shfit(1)"}, DataError, "unknown operation 'shfit'"),
-        ({"name": "digits", "augment": "shift(8)"}, DataError, "an int from 0 to 7"),
+        ({"name": "digits", "transform": "shfit(1)"}, DataError, "unknown operation 'shfit'"),
+        ({"name": "digits", "transform": "shift(8)"}, DataError, "an int from 0 to 7"),
     ],
 )
 def test_bad_config(config: dict[str, object], error: type[TokenLabError], message: str) -> None:

@@ -10,8 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tokenlab.core.errors import DataError
-from tokenlab.data.pipeline import Prefetch, TrainStream, eval_batches, num_eval_batches
-from tokenlab.data.source import ArraySource
+from tokenlab.data.dataset import Dataset
+from tokenlab.data.loader import Prefetch
+from tokenlab.data.pipeline import TrainStream, eval_batches, num_eval_batches
+from tokenlab.data.source import ArraySource, DataConfig
 
 
 def source(n: int = 23, *, side: int = 4) -> ArraySource:
@@ -22,6 +24,10 @@ def source(n: int = 23, *, side: int = 4) -> ArraySource:
         "label": np.arange(n, dtype=np.int32),
     }
     return ArraySource("toy", {"train": arrays, "test": arrays}, num_classes=n)
+
+
+def changed(transform: str, n: int = 23) -> Dataset:
+    return Dataset(source(n), DataConfig(name="toy", transform=transform))
 
 
 def labels(stream: TrainStream, steps: range) -> list[int]:
@@ -59,9 +65,9 @@ class TestTrainStream:
         assert seen == labels(TrainStream(toy, "train", batch_size, seed=seed), steps)
 
     def test_pure_function_of_seed_and_step(self) -> None:
-        one = TrainStream(source(), "train", 5, seed=1, augment="shift(1)|rotate(10)")
+        one = TrainStream(changed("shift(1)|rotate(10)"), "train", 5, seed=1)
         forward = [one.batch(step) for step in range(12)]
-        two = TrainStream(source(), "train", 5, seed=1, augment="shift(1)|rotate(10)")
+        two = TrainStream(changed("shift(1)|rotate(10)"), "train", 5, seed=1)
         for step in reversed(range(12)):  # any order, any number of times, another object
             assert_equal(two.batch(step), forward[step])
             assert_equal(one.batch(step), forward[step])
@@ -75,10 +81,8 @@ class TestTrainStream:
     @pytest.mark.parametrize("processes", [2, 3, 6])
     def test_processes_share_the_batch_of_one(self, processes: int) -> None:
         def stream(index: int, count: int) -> TrainStream:
-            augment = "shift(1)|rotate(10)"
-            return TrainStream(
-                source(), "train", 12, seed=1, augment=augment, process_index=index, process_count=count
-            )
+            dataset = changed("shift(1)|rotate(10)")
+            return TrainStream(dataset, "train", 12, seed=1, process_index=index, process_count=count)
 
         for step in range(5):
             parts = [stream(index, processes).batch(step) for index in range(processes)]
@@ -139,7 +143,6 @@ class TestTrainStream:
             ({"process_count": 0}, "process 0 of 0"),
             ({"seed": -3}, "seed is -3"),
             ({"split": "trian"}, "no split 'trian'. Did you mean 'train'?"),
-            ({"augment": "shift(9)"}, "expected an int from 0 to 3"),
         ],
     )
     def test_bad_arguments(self, arguments: dict[str, object], message: str) -> None:
@@ -154,7 +157,7 @@ class TestTrainStream:
     def test_nan_in_the_data_names_the_example(self) -> None:
         broken = source()
         broken.split("train").arrays["image"][17, 2, 1, 0] = np.nan
-        stream = TrainStream(broken, "train", 23, seed=0, augment="rotate(5)")
+        stream = TrainStream(Dataset(broken, DataConfig(transform="rotate(5)")), "train", 23, seed=0)
         with pytest.raises(
             DataError, match="source 'toy', split 'train': key 'image' of example 17 holds NaN"
         ):
@@ -163,7 +166,7 @@ class TestTrainStream:
 
 class TestState:
     def stream(self, **changes: object) -> TrainStream:
-        arguments = {"source": source(), "split": "train", "batch_size": 6, "seed": 1, "augment": "shift(1)"}
+        arguments = {"source": changed("shift(1)"), "split": "train", "batch_size": 6, "seed": 1}
         return TrainStream(**{**arguments, **changes})
 
     def test_round_trip_through_json(self) -> None:
@@ -176,7 +179,7 @@ class TestState:
         [
             ({"batch_size": 3}, "batch_size is 3 and was 6"),
             ({"seed": 2}, "seed is 2 and was 1"),
-            ({"augment": ""}, r"augment is '' and was 'shift\(1\)'"),
+            ({"source": source()}, r"transform is '' and was 'shift\(1\)'"),
             ({"split": "test"}, "split is 'test' and was 'train'"),
             ({"source": source(24)}, "fingerprint is 'toy:.*' and was 'toy:"),
         ],
@@ -247,7 +250,12 @@ def data_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
 class TestPrefetch:
     def test_the_same_batches(self, depth: int) -> None:
-        stream = TrainStream(source(), "train", 5, seed=1, augment="shift(1)")
+        stream = TrainStream(
+            source(),
+            "train",
+            5,
+            seed=1,
+        )
         with Prefetch(stream.batch, 3, stop=12, depth=depth) as batches:
             for step, batch in zip(range(3, 12), batches, strict=True):
                 assert_equal(batch, stream.batch(step))

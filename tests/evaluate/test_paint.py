@@ -144,3 +144,11 @@ def test_wrong_shapes_are_told() -> None:
         paint.paint(image(8, 8), (2, 4), Patches(EVERY, EVERY))
     with pytest.raises(ShapeError, match="does not divide"):
         paint.cells(image(9, 8), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [(0.1, 0.9, (0, 1)), (-0.2, 0.9, (-1, 1)), (3, 200, (0, 255)), (-2.1, 2.6, (-2.1, 2.6))],
+)
+def test_the_range_of_pixels_does_not_depend_on_what_is_in_them(low, high, wanted) -> None:
+    assert paint.pixel_range(np.array([low, high])) == pytest.approx(wanted)

@@ -169,3 +169,29 @@ def test_nothing_to_draw_is_told(tmp_path: Path) -> None:
     assert section("block*2").columns == ()
     with pytest.raises(ShapeError, match="nothing to draw"):
         tokens_picture.save(tmp_path / "tokens.png", examples(2), [section("block*2")])
+
+
+def test_sections_that_are_too_wide_go_on_below_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = [section("(block + keep(0.9, by=norm))*2"), section("block + keep(5, by=norm) + block")]
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * 3
+    layout = tokens_picture._Layout(pictures, [["says", "a name"]])
+    assert [len(band) for band in layout.bands(shown)] == [2]
+    monkeypatch.setattr(tokens_picture, "WIDEST", 700)
+    bands = layout.bands(shown)
+    assert [[len(part.columns) for part in band] for band in bands] == [[1], [1], [1]]
+    assert bands[1][0].title.endswith("(continued)") and layout.right(bands[0]) <= 700
+
+
+def test_names_of_classes_and_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"image": ((192, 192, 3), "float32")}
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 192, 192, 3)).astype(np.float32)
+    batch = {"image": images, "label": np.array([0, 3])}
+    found = section("keep(7, by=norm) + block*2", batch, spec=spec, size="nano/16")
+    kept = []
+    monkeypatch.setattr(tokens_picture.style, "save", lambda figure, path: kept.append(figure))
+    tokens_picture.save(tmp_path / "tokens.png", batch, [found], tuple(f"class {n}" for n in range(10)))
+    texts = [text.get_text() for text in kept[0].texts]
+    assert "class 0" in texts and "class 3" in texts
+    assert sum(text.startswith("says\nclass ") for text in texts) == 2
+    shown = [axes.images[0].get_array() for axes in kept[0].axes]
+    np.testing.assert_array_equal(shown[0], paint.image_to_rgb(images[0], -1, 1))  # as large as it is

@@ -133,7 +133,11 @@ def test_learned_items_must_be_there_and_are_left_out_when_not_used(trained: Any
         ),
         ({"overrides": {"model.stak": "block"}}, ConfigError, ["config.model has no key 'stak'", "'stack'"]),
         ({"overrides": {"model.width": "8"}}, ConfigError, ["config.model.width", "training"]),
-        ({"overrides": {"data.augment": "shift(1)"}}, ConfigError, ["config.data.augment", "augmented"]),
+        (
+            {"overrides": {"data.transform": "shift(1)"}},
+            ConfigError,
+            ["config.data.transform", "training images"],
+        ),
         ({"overrides": {"eval.split": "train"}}, ConfigError, ["config.eval.split", "--split"]),
         ({"overrides": {"eval.batch_size": "0"}}, ConfigError, ["config.eval.batch_size is 0"]),
         (

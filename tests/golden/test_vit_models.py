@@ -43,7 +43,7 @@ def build(config, stack):
 
 
 def check(model, params, images, logits, cotangent, grads, config, execution, depth):
-    state = to_state(params, depth, config["num_heads"])
+    state = to_state(params, config["num_heads"])
     images = jnp.asarray(images.transpose(0, 2, 3, 1))
 
     def total(state, images):
@@ -87,7 +87,7 @@ def test_evit_model(variant, execution):
     )
     assert model.program.after == arrays[f"{variant}/mid/block3"].shape[1]
     # The same patches are kept at the first reduction (the authors list them by score, without CLS).
-    first = points(model, to_state(params, 4, config["num_heads"]), arrays["inputs/images"])[0]
+    first = points(model, to_state(params, config["num_heads"]), arrays["inputs/images"])[0]
     kept = np.asarray(first.tokens.position)[:, 1 : 1 + arrays[f"{variant}/mid/keep_index1"].shape[1]] - 1
     np.testing.assert_array_equal(kept, np.sort(arrays[f"{variant}/mid/keep_index1"], axis=1))
 
@@ -108,9 +108,7 @@ def test_tome_model(execution):
         execution,
         config["depth"],
     )
-    last = points(
-        model, to_state(params, config["depth"], config["num_heads"]), arrays["model/inputs/images"]
-    )[-1]
+    last = points(model, to_state(params, config["num_heads"]), arrays["model/inputs/images"])[-1]
     sizes = np.sort(np.asarray(last.tokens.size), axis=1)
     np.testing.assert_array_equal(sizes, np.sort(arrays["model/mid/size"][..., 0], axis=1))
     # The same inputs went together: compare the groups as sets of positions.

@@ -327,7 +327,7 @@ def test_parameters_of_another_run(small: None, tmp_path: Path) -> None:
         ({"mesh.fsdp": 0}, ["config.mesh.fsdp"]),
         ({"task.name": "clasify"}, ["clasify", "classify"]),
         ({"data.name": "digitz"}, ["digitz", "digits"]),
-        ({"data.augment": "shft(1)"}, ["shft"]),
+        ({"data.transform": "shft(1)"}, ["shft"]),
         ({"eval.split": "valid"}, ["'valid'", "'validation'"]),
         ({"eval.final_split": "tset"}, ["'tset'", "'test'"]),
         ({"eval.batch_size": 100}, ["config.eval.batch_size is 100"]),

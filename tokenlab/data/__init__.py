@@ -1,4 +1,4 @@
-"""Data: sources by name, augmentation, and the pipeline that makes batches of them as a function of (seed, step)."""
+"""Data: sources by name, transforms, and the pipeline that makes batches of them as a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from typing import Any
 
 from tokenlab.core import config as core_config
 from tokenlab.core import names
-from tokenlab.data.augment import Augment
-from tokenlab.data.pipeline import Prefetch, TrainStream, eval_batches, num_eval_batches
+from tokenlab.data.dataset import Dataset
+from tokenlab.data.loader import Prefetch
+from tokenlab.data.pipeline import TrainStream, eval_batches, num_eval_batches
 from tokenlab.data.source import ArrayRecords, ArraySource, Batch, DataConfig, Records, Source, Spec
+from tokenlab.data.splits import sliced
+from tokenlab.data.transform import Transform
 
 __all__ = [
     "ArrayRecords",
     "ArraySource",
-    "Augment",
     "Batch",
     "DataConfig",
+    "Dataset",
     "Prefetch",
     "Records",
     "Source",
     "Spec",
     "TrainStream",
+    "Transform",
     "build",
     "eval_batches",
     "num_eval_batches",
     "resolve",
+    "sliced",
+    "source_of",
 ]
 
 SOURCES = "tokenlab.data.sources"
@@ -42,14 +48,22 @@ def resolve(config: Mapping[str, Any]) -> DataConfig:
     return core_config.to_dataclass(names.find_attr(SOURCES, name, "Config"), config, path="config.data")
 
 
-def build(config: Mapping[str, Any]) -> Source:
-    """The source that `config.data` names.
+def source_of(config: Mapping[str, Any]) -> Source:
+    """The records that `config.data` names, with the splits it makes of them; nothing is done to images.
 
     Raises:
       ConfigError, NameLookupError: as `resolve`.
-      DataError: the source cannot be read, or `config.data.augment` does not fit it.
+      DataError: the source cannot be read, or `config.data.splits` does not fit it.
     """
     resolved = resolve(config)
     source: Source = names.find_attr(SOURCES, resolved.name, "build")(resolved)
-    Augment(resolved.augment, source.spec)
-    return source
+    return sliced(source, resolved.splits)
+
+
+def build(config: Mapping[str, Any]) -> Dataset:
+    """The examples that `config.data` describes.
+
+    Raises:
+      ConfigError, NameLookupError, DataError: as `source_of`, or a transform does not fit the images.
+    """
+    return Dataset(source_of(config), resolve(config))

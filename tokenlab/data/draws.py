@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     SPLIT = 1
     ORDER = 2
     AUGMENT = 3
+    MIXTURE = 4
 
 
 def check_seed(seed: int) -> int:

@@ -8,20 +8,16 @@ question has changed.
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tokenlab.core.errors import DataError
-from tokenlab.data.augment import Augment
-from tokenlab.data.draws import Purpose, check_seed, permutation
-from tokenlab.data.source import Batch, Source, check_batch
-
-T = TypeVar("T")
+from tokenlab.data.dataset import Dataset
+from tokenlab.data.draws import Purpose, check_seed, permutation, uniform
+from tokenlab.data.loader import Prefetch
+from tokenlab.data.source import Batch, Source
 
 
 class TrainStream:
@@ -33,36 +29,33 @@ class TrainStream:
     of an epoch is made with its first batch and kept for two epochs: 8 bytes an example, 0.15 s a million of them.
 
     Args:
-      source: what to read.
+      source: what to read, a `Dataset` or a source whose images need no more than its default transform.
       split: its split.
       batch_size: rows of the global batch, over all processes; at most the size of the split, so that no batch holds
         an example three times, and divisible by `process_count`.
-      seed: in [0, 2**64); decides order and augmentation.
-      augment: changes to images, "" for none (see `tokenlab.data.augment`).
+      seed: in [0, 2**64); decides order and random changes to images.
       process_index: this process, in [0, process_count).
       process_count: processes that share the global batch.
 
     Raises:
-      DataError: one of these does not hold, the split is unknown or the augmentation does not parse.
+      DataError: one of these does not hold, or the split is unknown.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Dataset,
         split: str,
         batch_size: int,
         *,
         seed: int,
-        augment: str = "",
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._records = source.split(split)
-        self._source = source
+        self._dataset = as_dataset(source)
         self._split = split
         self._seed = check_seed(seed)
-        self._augment = Augment(augment, source.spec)
-        self._size = len(self._records)
+        self._size = len(source.split(split))
+        self._parts = Parts.of(self._dataset.source, split)
         self._rows = _process_rows(batch_size, process_index, process_count)
         self._batch_size = batch_size
         if batch_size > self._size:
@@ -70,8 +63,18 @@ class TrainStream:
                 f"batch_size {batch_size} is larger than split {split!r} of source {source.name!r}; "
                 f"expected at most its {self._size} examples"
             )
-        # A batch touches two epochs at most. The cache is safe to share with a prefetching thread.
-        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self._remember()
+
+    def _remember(self) -> None:
+        # A batch touches two epochs at most of each part. The cache is safe to share between threads.
+        self._order = functools.lru_cache(maxsize=2 * len(self._parts.sizes))(self._make_order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def indices(self, step: int) -> np.ndarray:
         """Which examples of the split this process sees at `step`: int64 [rows of this process]."""
@@ -79,28 +82,29 @@ class TrainStream:
             raise DataError(f"step is {step}; expected 0 or more")
         first = step * self._batch_size
         position = np.arange(first + self._rows.start, first + self._rows.stop)
-        epoch, place = np.divmod(position, self._size)
-        result = self._order(int(epoch[0]))[place]
-        if epoch[-1] != epoch[0]:
-            result = np.where(epoch == epoch[0], result, self._order(int(epoch[-1]))[place])
+        part, position = self._parts.assign(self._seed, position)
+        result = np.empty(len(position), np.int64)
+        for which, size in enumerate(self._parts.sizes):
+            rows = np.flatnonzero(part == which)
+            epochs, place = np.divmod(position[rows], size)
+            for epoch in np.unique(epochs).tolist():
+                inside = epochs == epoch
+                result[rows[inside]] = self._parts.starts[which] + self._order(which, epoch)[place[inside]]
         return result
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of `step` (0 is the first).
 
         Returns:
-          The spec's keys as arrays [rows, ...], and "mask" float32 [rows], all ones.
+          The spec's keys as arrays [rows, ...], and "mask" float32 [rows]: ones, and 0 for a record that was skipped.
 
         Raises:
-          DataError: the records are not what the source's spec says, or hold NaN or infinity.
+          DataError: as `Dataset.read`.
         """
         indices = self.indices(step)
-        batch = self._records.batch(indices)
-        check_batch(batch, self._source, self._split, indices)
-        batch = self._augment(
-            batch, seed=self._seed, step=step, rows=self._rows, global_batch=self._batch_size
-        )
-        return {**batch, "mask": np.ones(len(indices), np.float32)}
+        shape = (self._batch_size, self._dataset.train_transform.draws)
+        draws = uniform(self._seed, Purpose.AUGMENT, step, shape)
+        return self._dataset.read(self._split, indices, draws[self._rows.start : self._rows.stop])
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, JSON: the next step, and all that the batches depend on."""
@@ -112,7 +116,7 @@ class TrainStream:
         The number of processes may differ: it does not change the order.
 
         Raises:
-          DataError: the checkpoint was written with other data, seed, batch size or augmentation; the message names
+          DataError: the checkpoint was written with other data, seed, batch size or transform; the message names
             each difference.
         """
         identity = self._identity()
@@ -133,19 +137,82 @@ class TrainStream:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "fingerprint": self._source.fingerprint,
+            "fingerprint": self._dataset.fingerprint,
             "split": self._split,
             "seed": self._seed,
             "batch_size": self._batch_size,
-            "augment": self._augment.text,
+            "transform": self._dataset.train_transform.text,
         }
 
-    def _make_order(self, epoch: int) -> np.ndarray:
-        return permutation(self._seed, Purpose.ORDER, epoch, self._size)
+    def _make_order(self, part: int, epoch: int) -> np.ndarray:
+        # The first part draws what a source without parts draws; 2**32 epochs keep the parts apart.
+        return permutation(self._seed, Purpose.ORDER, epoch + (part << 32), self._parts.sizes[part])
+
+
+class Parts:
+    """Which part of a mixture an example of the run comes from; a source that is no mixture is one part.
+
+    Examples come in groups of `GROUP`. Every group holds each part's share, rounded to whole examples, in a random
+    order of its own; within a part, examples follow each other as they do in a source alone. So shares hold over any
+    stretch of the run, and every part is read epoch by epoch.
+
+    Args:
+      sizes: examples of each part, in the order in which the source holds them one after the other.
+      weights: > 0, of each; only their proportions matter.
+
+    Raises:
+      DataError: a part is so light that a group would hold none of it.
+    """
+
+    GROUP = 4096
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float]):
+        self.sizes = tuple(int(size) for size in sizes)
+        self.starts = np.cumsum([0, *self.sizes])[:-1]
+        exact = np.array(weights, np.float64) / np.sum(weights) * self.GROUP
+        shares = np.floor(exact).astype(np.int64)
+        shares[np.argsort(shares - exact, kind="stable")[: self.GROUP - shares.sum()]] += 1
+        if not shares.all():
+            part = int(np.argmin(shares))
+            raise DataError(
+                f"part {part} of a mixture has weight {weights[part]} of {float(np.sum(weights))}; expected at least "
+                f"1/{self.GROUP} of the whole"
+            )
+        self._shares = shares
+
+    @classmethod
+    def of(cls, source: Source, split: str) -> Parts:
+        """The parts that a source says a split has."""
+        parts = getattr(source, "parts", None)
+        found = parts(split) if parts else ((len(source.split(split)), 1.0),)
+        return cls([size for size, _ in found], [weight for _, weight in found])
+
+    def assign(self, seed: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For examples of the run, int64 [B] ascending: their parts, and their places in the parts' own sequences."""
+        if len(self.sizes) == 1:
+            return np.zeros_like(position), position
+        group, place = np.divmod(position, self.GROUP)
+        part, within = np.empty_like(position), np.empty_like(position)
+        for number in np.unique(group).tolist():
+            rows = group == number
+            order = permutation(seed, Purpose.MIXTURE, number, self.GROUP)
+            parts = np.repeat(np.arange(len(self.sizes)), self._shares)[order]
+            # Of the examples of its part in this group, which one is each?
+            rank = np.empty(self.GROUP, np.int64)
+            for which, share in enumerate(self._shares.tolist()):
+                rank[parts == which] = np.arange(share)
+            part[rows] = parts[place[rows]]
+            within[rows] = number * self._shares[part[rows]] + rank[place[rows]]
+        return part, within
+
+
+def as_dataset(source: Source | Dataset) -> Dataset:
+    """A source as it is, with no more done to its images than they need."""
+    return source if isinstance(source, Dataset) else Dataset(source)
 
 
 def eval_batches(
-    source: Source, split: str, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    source: Source | Dataset, split: str, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """All examples of a split once, in its own order; the last batch is padded.
 
@@ -164,9 +231,10 @@ def eval_batches(
       DataError: at the call, for a bad batch size or split; while iterating, for records that are not what the spec
         says.
     """
-    records = source.split(split)
+    dataset = as_dataset(source)
     rows = _process_rows(batch_size, process_index, process_count)
-    return _eval_batches(records, source, split, batch_size, rows)
+    size = len(source.split(split))
+    return _eval_batches(dataset, split, batch_size, rows, size)
 
 
 def num_eval_batches(source: Source, split: str, batch_size: int) -> int:
@@ -175,18 +243,19 @@ def num_eval_batches(source: Source, split: str, batch_size: int) -> int:
     return -(-len(source.split(split)) // batch_size)
 
 
-def _eval_batches(records: Any, source: Source, split: str, batch_size: int, rows: range) -> Iterator[Batch]:
-    size = len(records)
-    for first in range(0, size, batch_size):
+def _eval_batches(dataset: Dataset, split: str, batch_size: int, rows: range, size: int) -> Iterator[Batch]:
+    def make(number: int) -> Batch:
+        first = number * batch_size
         indices = np.arange(min(first + rows.start, size), min(first + rows.stop, size))
         # A process whose rows are all padding still joins in with a batch of the right shape.
-        batch = records.batch(indices)
-        check_batch(batch, source, split, indices)
-        batch["mask"] = np.ones(len(indices), np.float32)
+        batch = dataset.read(split, indices)
         missing = len(rows) - len(indices)
-        if missing:
-            batch = {key: _pad(array, missing) for key, array in batch.items()}
-        yield batch
+        return {key: _pad(array, missing) for key, array in batch.items()} if missing else batch
+
+    # Workers would be gone before they paid for their start.
+    ahead = {"depth": dataset.config.prefetch, "threads": dataset.config.threads}
+    with Prefetch(make, stop=-(-size // batch_size), **ahead) as batches:
+        yield from batches
 
 
 def _pad(array: np.ndarray, missing: int) -> np.ndarray:
@@ -206,76 +275,3 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> ra
         )
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
-
-
-class Prefetch(Generic[T]):
-    """Iterates over `make(step)` for step = start, start + 1, ..., making `depth` of them ahead in a thread.
-
-    Use it in a `with` block; leaving the block ends the thread. What `make` raises is raised by `next` at the step
-    where it happened, as the same exception.
-
-    Args:
-      make: a function of the step, such as `TrainStream.batch`; called in the thread when `depth` > 0.
-      start: first step.
-      stop: the step before which to end; None goes on for ever.
-      depth: batches made ahead; 0 uses no thread and makes each batch when it is asked for.
-      put: applied to each batch in the same thread, for example to move it to the devices.
-
-    Raises:
-      DataError: depth is negative.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[int], Any],
-        start: int = 0,
-        *,
-        stop: int | None = None,
-        depth: int = 0,
-        put: Callable[[Any], T] | None = None,
-    ):
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-            raise DataError(f"prefetch is {depth!r}; expected an int >= 0")
-        self._make = make
-        self._put = put
-        self._step = start
-        self._asked = start
-        self._stop = stop
-        self._depth = depth
-        self._ahead: deque[Future[T]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenlab-data") if depth else None
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._stop is not None and self._step >= self._stop:
-            self.close()
-            raise StopIteration
-        step, self._step = self._step, self._step + 1
-        if self._thread is None:
-            return self._one(step)
-        # One more than `depth` are under way while the oldest is waited for.
-        while self._asked <= step + self._depth and (self._stop is None or self._asked < self._stop):
-            self._ahead.append(self._thread.submit(self._one, self._asked))
-            self._asked += 1
-        return self._ahead.popleft().result()
-
-    def __enter__(self) -> Prefetch[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the iteration and its thread: what has begun is finished, what waits is dropped. May be called again."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-            self._ahead.clear()
-        self._stop = self._step
-
-    def _one(self, step: int) -> T:
-        batch = self._make(step)
-        return batch if self._put is None else self._put(batch)

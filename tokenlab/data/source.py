@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from tokenlab.core.errors import DataError, suggest
+from tokenlab.core.errors import ConfigError, DataError, suggest
 
-Batch: TypeAlias = dict[str, np.ndarray]
-"""Arrays by key; in a batch each has a leading axis of examples, in a single record none."""
+Batch: TypeAlias = dict[str, Any]
+"""Values by key. In a batch a key whose spec is `stackable` is an array with a leading axis of examples, any other a
+list with an entry an example; in a single record there is no axis of examples."""
 
-Spec: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
-"""(shape, dtype name) of each key of one example, for example `{"image": ((8, 8, 1), "float32")}`."""
+Spec: TypeAlias = Mapping[str, tuple[tuple[int | None, ...], str]]
+"""(shape, dtype name) of each key of one example, for example `{"image": ((8, 8, 1), "float32")}`.
+
+None in a shape is a size that differs between records. The dtype "encoded" stands for `bytes` of a picture (JPEG, PNG,
+WebP, ...); its shape is what it decodes to.
+"""
+
+ENCODED = "encoded"
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,40 @@ class DataConfig:
 
     Attributes:
       name: the source: a module of `tokenlab/data/sources/`.
-      augment: random changes to training images, for example "shift(1)|rotate(10)"; "" for none (see augment.py).
-      prefetch: training batches made ahead in a thread; 0 makes each when it is asked for. For batches that take
-        less than about a millisecond to make a thread costs more than it saves.
+      transform: what is done to training images, for example "decode|random_resized_crop(192)|flip_lr|
+        value_range(-1, 1)" (see `tokenlab.data.transform`); None for what the images need and nothing more.
+      eval_transform: the same at evaluation, without random operations.
+      splits: splits made of the source's own, such as {"train": "train[:90%]", "validation": "train[90%:]"} (see
+        `tokenlab.data.splits`); {} for the source's own.
+      corrupt: a record that cannot be read: "stop" names it and stops, "skip" gives its row no weight and goes on.
+      memory: pictures of a split that take at most so many MiB decoded are decoded once and kept; None is 1024
+        without workers and 0 with them, as each would keep its own.
+      prefetch: training batches made ahead; 0 makes each when it is asked for. For batches that take less than about
+        a millisecond to make, a thread costs more than it saves.
+      threads: threads that make batches, in each process; they need prefetch >= 1.
+      workers: processes that make batches; 0 makes them in the process that trains. They need prefetch >= 1.
     """
 
     name: str = "digits"
-    augment: str = ""
+    transform: str | None = None
+    eval_transform: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    corrupt: Literal["stop", "skip"] = "stop"
+    memory: int | None = None
     prefetch: int = 0
+    threads: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in (("memory", 0), ("prefetch", 0), ("threads", 1), ("workers", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ConfigError(f"config.data.{key} is {value}; expected at least {least}.")
+        if not self.prefetch and (self.workers or self.threads > 1):
+            raise ConfigError(
+                f"config.data.prefetch is 0 with {self.workers} workers and {self.threads} threads, which make batches "
+                "ahead; set config.data.prefetch to 1 or more."
+            )
 
 
 @runtime_checkable
@@ -48,13 +81,15 @@ class Records(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Batch:
-        """Record `index` in [0, n): arrays without a batch axis."""
+        """Record `index` in [0, n): values without a batch axis. Raises DataError where it cannot be read."""
         ...
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The records at `indices` (int64 [B], each in [0, n), repeats allowed), stacked: arrays [B, ...].
+        """The records at `indices` (int64 [B], each in [0, n), repeats allowed): arrays [B, ...], and lists of what
+        cannot be stacked.
 
-        The arrays are the caller's: changing them must not change the source.
+        The arrays are the caller's: changing them must not change the source. Raises DataError where one cannot be
+        read.
         """
         ...
 
@@ -68,6 +103,7 @@ class Source(Protocol):
       splits: number of examples by split name.
       spec: (shape, dtype) of each key of one example, as `Records.batch` gives them.
       num_classes: labels are in [0, num_classes); None for a source without labels.
+      class_names: a name for each class, where they are known.
       fingerprint: changes when content, splits or order change; saved with a run and compared when it goes on.
     """
 
@@ -75,6 +111,7 @@ class Source(Protocol):
     splits: Mapping[str, int]
     spec: Spec
     num_classes: int | None
+    class_names: tuple[str, ...] | None
     fingerprint: str
 
     def split(self, name: str) -> Records:
@@ -124,16 +161,24 @@ class ArraySource:
       name: of the source.
       splits: for each split one array [n, ...] by key; every split has the same keys, shapes and dtypes.
       num_classes: labels are in [0, num_classes), or None.
+      class_names: a name for each class, or None.
 
     Raises:
       DataError: there is no split, a split is empty, or two splits differ in keys, shapes or dtypes.
     """
 
-    def __init__(self, name: str, splits: Mapping[str, Mapping[str, np.ndarray]], num_classes: int | None):
+    def __init__(
+        self,
+        name: str,
+        splits: Mapping[str, Mapping[str, np.ndarray]],
+        num_classes: int | None,
+        class_names: tuple[str, ...] | None = None,
+    ):
         if not splits:
             raise DataError(f"source {name!r} has no split")
         self.name = name
         self.num_classes = num_classes
+        self.class_names = class_names
         self._records = {split: ArrayRecords(arrays) for split, arrays in splits.items()}
         self.splits = {split: len(records) for split, records in self._records.items()}
         specs = {split: _spec_of(arrays) for split, arrays in splits.items()}
@@ -152,6 +197,12 @@ class ArraySource:
         """See `Source.split`."""
         check_split(self, name)
         return self._records[name]
+
+
+def stackable(entry: tuple[tuple[int | None, ...], str]) -> bool:
+    """Whether records of this (shape, dtype) come as one array; else they come as a list."""
+    shape, dtype = entry
+    return dtype != ENCODED and None not in shape
 
 
 def check_split(source: Source, name: str) -> None:

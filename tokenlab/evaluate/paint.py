@@ -14,7 +14,7 @@ GONE = np.array([226, 229, 237], np.uint8)
 GONE_STRIPE = np.array([203, 208, 221], np.uint8)
 THROUGH = np.array([0, 114, 178], np.uint8)
 SIDE = 192
-"""Height of a painted image in pixels, as near as whole-numbered enlargement comes."""
+"""Height of a painted image in pixels, as near as whole-numbered enlargement comes; a larger one stays as it is."""
 
 AROUND = 0.7
 """How much of a patch that goes around a body gives way to white."""
@@ -87,6 +87,18 @@ def image_to_rgb(image: np.ndarray, low: float, high: float) -> np.ndarray:
     span = high - low if high > low else 1.0
     scaled = np.clip((image.astype(np.float64) - low) / span, 0.0, 1.0)
     return np.broadcast_to(np.rint(scaled * 255).astype(np.uint8), (*image.shape[:2], 3)).copy()
+
+
+def pixel_range(images: np.ndarray) -> tuple[float, float]:
+    """The values that stand for black and white: the narrowest usual range that holds them, or their own.
+
+    So pictures of one data set look alike whatever is in them. Usual are [0, 1], [-1, 1] and [0, 255].
+    """
+    low, high = float(images.min()), float(images.max())
+    for usual in ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)):
+        if usual[0] <= low and high <= usual[1]:
+            return usual
+    return low, high
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:

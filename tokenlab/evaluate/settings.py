@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenlab.core.config import override, to_dataclass
 from tokenlab.core.errors import ConfigError
-from tokenlab.core.stack import parse
+from tokenlab.core.stack import Span, fail, parse
 from tokenlab.train import schedule
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import read_config
@@ -28,11 +28,14 @@ MAY_CHANGE = (
 )
 """What may be other than in training: none of it changes which weights there are, or what they were trained on."""
 
+SEPARATOR = ";"
+"""Between stacks that are evaluated one beside the other."""
+
 _WHY_NOT = {
     "eval.split": "give --split instead",
     "eval.final_split": "give --split instead",
-    "data.augment": "only training images are augmented",
-    "data.prefetch": "it is about training batches",
+    "data.transform": "it is done to training images; give config.data.eval_transform",
+    "data.workers": "they make training batches",
 }
 
 
@@ -42,23 +45,27 @@ class Settings:
 
     Attributes:
       config: of the run, with what was overridden.
-      stack: the expression to evaluate with; None for the model's own default.
+      stacks: the expressions to evaluate with, one or more; None for the model's own default.
       overridden: names of the stack variables that were given anew.
     """
 
     config: TrainConfig
-    stack: str | None
+    stacks: tuple[str | None, ...]
     overridden: frozenset[str]
 
-    def stack_vars(self, step: int) -> dict[str, int | float]:
-        """The numbers that names in the stack stand for after `step` steps of training.
+    def stack_vars(self, step: int) -> list[dict[str, int | float]]:
+        """For each stack, the numbers that names in it stand for after `step` steps of training.
 
-        A schedule holds as it did in the last step. Variables of the training run that the stack does not name are
-        left out; one that was given for this evaluation and is not named is left in, and so told.
+        A schedule holds as it did in the last step. Variables of the training run that a stack does not name are
+        left out; one that was given for this evaluation and that no stack names is left in, and so told.
+
+        Raises:
+          StackError: a stack is not of the grammar.
         """
         values = schedule.stack_vars(self.config.stack_vars).at(max(step - 1, 0))
-        used = parse(self.stack, values).used if self.stack is not None else frozenset()
-        return {name: value for name, value in values.items() if name in used | self.overridden}
+        used = [frozenset() if stack is None else parse(stack, values).used for stack in self.stacks]
+        unused = self.overridden.difference(*used)
+        return [{name: value for name, value in values.items() if name in names | unused} for names in used]
 
 
 def read(workdir: str | Path, overrides: Mapping[str, Any]) -> Settings:
@@ -87,7 +94,21 @@ def read(workdir: str | Path, overrides: Mapping[str, Any]) -> Settings:
     if "model.stack" not in overrides and checked.eval.stack is not None:
         chosen = checked.eval.stack
     given = {key.partition(".")[2] for key in overrides if key.startswith("stack_vars.")}
-    return Settings(checked, chosen, frozenset(given))
+    return Settings(checked, _stacks(chosen), frozenset(given))
+
+
+def _stacks(text: str | None) -> tuple[str | None, ...]:
+    """The stacks of "A; B; C". Raises StackError for an empty one."""
+    if text is None or SEPARATOR not in text:
+        return (text,)
+    found, place = [], 0
+    for part in text.split(SEPARATOR):
+        if not part.strip():
+            at = min(place + len(part), len(text) - 1)
+            fail(text, Span(at, at + 1), f"no stack on one side of this {SEPARATOR!r}; expected 'A; B; C'.")
+        found.append(part.strip())
+        place += len(part) + 1
+    return tuple(found)
 
 
 def _check(key: str) -> None:

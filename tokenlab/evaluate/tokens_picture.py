@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,23 @@ from tokenlab import data
 from tokenlab.core.errors import ShapeError
 from tokenlab.evaluate import paint, style
 from tokenlab.evaluate.paint import Patches
+from tokenlab.evaluate.sheet import LETTER, Sheet, wrap
 from tokenlab.layers.program import BlockStep
 
 ROWS = 6
 """Images shown."""
 
+LOOKED_AT = 256
+"""Examples they are chosen from."""
+
 GAP = 14
 """Pixels between cells."""
+
+MARGIN, HEADING, TITLE, NAME = 12, 26, 62, 140
+"""Pixels: around everything, a line of a section's title, the three lines above a column, the name of a class."""
+
+WIDEST = 2000
+"""Pixels that sections may take side by side."""
 
 WRONG = style.COLORS[1]
 
@@ -75,6 +84,8 @@ class Section:
 def examples(source: data.Source, split: str, rows: int = ROWS) -> data.Batch:
     """The first example of each class in order of label, or the first examples where there are no labels.
 
+    Of the first `LOOKED_AT` examples of the split, so that a large one need not be read.
+
     Args:
       source: of images.
       split: of it.
@@ -83,9 +94,14 @@ def examples(source: data.Source, split: str, rows: int = ROWS) -> data.Batch:
     Raises:
       DataError: there is no such split.
     """
-    records = source.split(split)
-    first = records.batch(np.arange(min(len(records), 256)))
-    chosen = np.arange(min(rows, len(records)))
+    seen: list[data.Batch] = []
+    for batch in data.eval_batches(source, split, LOOKED_AT // 4):
+        real = np.flatnonzero(batch["mask"] > 0)
+        seen.append({key: array[real] for key, array in batch.items() if key != "mask"})
+        if sum(len(part["image"]) for part in seen) >= LOOKED_AT:
+            break
+    first = {key: np.concatenate([part[key] for part in seen]) for key in seen[0]}
+    chosen = np.arange(min(rows, len(first["image"])))
     if "label" in first:
         labels, places = np.unique(first["label"], return_index=True)
         chosen = places[np.argsort(labels)][:rows]
@@ -174,13 +190,21 @@ def _blocks_before(program: Any) -> dict[str, int]:
     return found
 
 
-def save(path: str | os.PathLike[str], batch: Mapping[str, np.ndarray], shown: Sequence[Section]) -> Path:
+def save(
+    path: str | os.PathLike[str],
+    batch: Mapping[str, np.ndarray],
+    shown: Sequence[Section],
+    names: tuple[str, ...] | None = None,
+) -> Path:
     """Draw a row an image: the image, then for each section what the model says of it and a column a reduction.
+
+    Sections stand side by side as far as `WIDEST` goes, and below each other from there on.
 
     Args:
       path: the PNG to write; replaced as a whole.
       batch: the images the sections were made of, with "label" where there is one.
       shown: sections; those without columns are left out.
+      names: of the classes; None writes their numbers.
 
     Returns:
       `path`.
@@ -192,97 +216,136 @@ def save(path: str | os.PathLike[str], batch: Mapping[str, np.ndarray], shown: S
     if not shown:
         raise ShapeError("tokens.png: no stack here reduces tokens, so there is nothing to draw.")
     images = batch["image"]
-    pictures = [paint.image_to_rgb(image, float(images.min()), float(images.max())) for image in images]
-    sheet = _Sheet(
-        pictures, [section.title for section in shown], [len(section.columns) for section in shown]
-    )
-    sheet.headings()
-    sheet.above(sheet.left, "image")
-    for row, picture in enumerate(pictures):
-        sheet.cell(row, sheet.left, paint.enlarge(picture, paint.factor_for(picture.shape[0])))
-        if "label" in batch:
-            sheet.beside(row, sheet.left, f"label {batch['label'][row]}", "black")
-    for section, left in zip(shown, sheet.lefts, strict=True):
-        for across, column in enumerate(section.columns):
-            at = left + across * (sheet.width + GAP)
-            sheet.above(at, column.title)
-            for row, picture in enumerate(pictures):
-                sheet.cell(row, at, paint.paint(picture, section.grid, column.patches[row]))
-        for row, said in enumerate(section.predicted or ()):
-            wrong = "label" in batch and said != batch["label"][row]
-            sheet.beside(row, left, f"says {said}", WRONG if wrong else "black")
+    pictures = [paint.image_to_rgb(image, *paint.pixel_range(images)) for image in images]
+    layout = _Layout(pictures, _labels(batch, shown, names))
+    bands = layout.bands(shown)
     columns = [column for section in shown for column in section.columns]
-    sheet.legend(_legend(columns))
+    width = max(660, *map(layout.right, bands))
+    handles = _legend(columns)
+    entries = max(1, width // 330)
+    legend = 30 * -(-len(handles) // entries) + MARGIN
+    sheet = Sheet(width, sum(map(layout.height, bands)) + legend)
+    top = 0
+    for band in bands:
+        layout.draw(sheet, top, band, batch, names)
+        top += layout.height(band)
+    sheet.figure.legend(handles=handles, loc="lower center", ncols=entries, frameon=False, fontsize=8)
     return style.save(sheet.figure, path)
 
 
-class _Sheet:
-    """Cells at whole pixels, so that every patch is drawn as it was painted and rows line up.
+def _labels(
+    batch: Mapping[str, np.ndarray], shown: Sequence[Section], names: tuple[str, ...] | None
+) -> list[list[str]]:
+    """Everything that will stand beside an image, in lines."""
+    found = [_true(int(label), names) for label in batch.get("label", ())]
+    return found + [_said(said, names) for section in shown for said in section.predicted or ()]
+
+
+def _true(label: int, names: tuple[str, ...] | None) -> list[str]:
+    return [f"label {label}"] if names is None else wrap(names[label], NAME)
+
+
+def _said(label: int, names: tuple[str, ...] | None) -> list[str]:
+    return [f"says {label}"] if names is None else ["says", *wrap(names[label], NAME)]
+
+
+class _Layout:
+    """Where things stand in a band: a line of sections with the images at its left, all of one height.
 
     Args:
       pictures: uint8 [H, W, 3], all of one shape.
-      titles: of the sections.
-      counts: columns in each.
+      labels: what will stand beside them.
     """
 
-    DPI = 150
-    MARGIN, BESIDE, HEADING, TITLE, LEGEND = 12, 84, 26, 62, 66  # pixels
+    def __init__(self, pictures: list[np.ndarray], labels: list[list[str]]) -> None:
+        self.pictures = pictures
+        self.factor = paint.factor_for(pictures[0].shape[0])
+        self.rows, self.columns = (side * self.factor for side in pictures[0].shape[:2])
+        longest = max((len(line) for lines in labels for line in lines), default=0)
+        self.beside = max(84, round(longest * LETTER) + 14)
+        self.left = MARGIN + self.beside
 
-    def __init__(self, pictures: list[np.ndarray], titles: Sequence[str], counts: Sequence[int]) -> None:
-        factor = paint.factor_for(pictures[0].shape[0])
-        self.height, self.width = (side * factor for side in pictures[0].shape[:2])
-        self.left = self.MARGIN + self.BESIDE
-        self.lefts: list[int] = []
-        self._counts = counts
-        right = self.left + self.width
-        for count in counts:
-            self.lefts.append(right + 2 * GAP + self.BESIDE)
-            right = self.lefts[-1] + count * (self.width + GAP) - GAP
-        self._headings = [
-            textwrap.wrap(title, max(20, round(self._span(count) / 9.5)))
-            for title, count in zip(titles, counts, strict=True)
-        ]
-        self.top = self.MARGIN + self.HEADING * max(map(len, self._headings)) + self.TITLE
-        self.total = (
-            max(right + self.MARGIN, 660),
-            self.top + len(pictures) * (self.height + GAP) + self.LEGEND,
-        )
-        self.figure = style.new(self.total[0] / self.DPI, self.total[1] / self.DPI)
-        self.figure.set_layout_engine("none")
+    def span(self, count: int) -> int:
+        """Width of a section, from what stands beside it."""
+        return self.beside + count * (self.columns + GAP) - GAP
 
-    def cell(self, row: int, left: int, picture: np.ndarray) -> None:
-        """Put a painted image into a row."""
-        bottom = self.total[1] - self.top - row * (self.height + GAP) - self.height
-        box = (left, bottom, self.width, self.height)
-        axes = self.figure.add_axes([side / self.total[i % 2] for i, side in enumerate(box)])
-        axes.imshow(picture, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+    def lefts(self, band: Sequence[Section]) -> list[int]:
+        """Where the first column of each section begins; one more, for a section that would come next."""
+        found = [self.left + self.columns + 2 * GAP + self.beside]
+        for section in band:
+            found.append(found[-1] + self.span(len(section.columns)) + 2 * GAP)
+        return found
 
-    def beside(self, row: int, left: int, text: str, color: str) -> None:
-        """Write to the left of a cell."""
-        middle = self.top + row * (self.height + GAP) + self.height / 2
-        self._write(left - 8, middle, text, ha="right", va="center", color=color)
+    def right(self, band: Sequence[Section]) -> int:
+        """Width of a band."""
+        return self.lefts(band)[-1] - 2 * GAP - self.beside + MARGIN
 
-    def above(self, left: int, text: str) -> None:
-        """Write above the first cell of a column."""
-        self._write(left + self.width / 2, self.top - 5, text, ha="center", va="bottom")
+    def headings(self, band: Sequence[Section]) -> list[list[str]]:
+        """The title of each section, wrapped to its width."""
+        return [wrap(section.title, max(190, self.span(len(section.columns)))) for section in band]
 
-    def headings(self) -> None:
-        """Write the titles of the sections above their columns, wrapped to their width."""
-        for lines, left, count in zip(self._headings, self.lefts, self._counts, strict=True):
-            middle = left - self.BESIDE + self._span(count) / 2
-            self._write(middle, self.MARGIN, "\n".join(lines), ha="center", va="top", weight="bold")
+    def top(self, band: Sequence[Section]) -> int:
+        """Pixels above the images of a band: the titles of its sections, and three lines above each column."""
+        return MARGIN + HEADING * max(map(len, self.headings(band))) + TITLE
 
-    def legend(self, handles: list[Patch]) -> None:
-        """Explain colours below everything, in as many columns as fit."""
-        columns = max(1, self.total[0] // 330)
-        self.figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    def height(self, band: Sequence[Section]) -> int:
+        """Of a band."""
+        return self.top(band) + len(self.pictures) * (self.rows + GAP)
 
-    def _span(self, count: int) -> int:
-        return self.BESIDE + count * (self.width + GAP) - GAP
+    def bands(self, shown: Sequence[Section]) -> list[list[Section]]:
+        """Sections in lines no wider than `WIDEST`; one that is too wide for a line goes on in the next."""
+        room = WIDEST - self.lefts([])[0] - MARGIN + GAP
+        most = max(1, room // (self.columns + GAP))
+        parts = []
+        for section in shown:
+            for first in range(0, len(section.columns), most):
+                title = f"{section.title} (continued)" if first else section.title
+                parts.append(replace(section, title=title, columns=section.columns[first : first + most]))
+        found: list[list[Section]] = [[]]
+        for part in parts:
+            if found[-1] and self.right([*found[-1], part]) > WIDEST:
+                found.append([])
+            found[-1].append(part)
+        return found
 
-    def _write(self, x: float, y: float, text: str, **looks: Any) -> None:
-        self.figure.text(x / self.total[0], 1 - y / self.total[1], text, fontsize=8, **looks)
+    def draw(
+        self,
+        sheet: Sheet,
+        offset: int,
+        band: Sequence[Section],
+        batch: Mapping[str, np.ndarray],
+        names: tuple[str, ...] | None,
+    ) -> None:
+        """Draw a band whose upper edge is at `offset`."""
+        top = offset + self.top(band)
+
+        def beside(row: int, left: int, lines: list[str], color: str) -> None:
+            middle = top + row * (self.rows + GAP) + self.rows / 2
+            sheet.write(left - 8, middle, "\n".join(lines), ha="right", va="center", color=color)
+
+        def above(left: int, text: str) -> None:
+            sheet.write(left + self.columns / 2, top - 5, text, ha="center", va="bottom")
+
+        def tops() -> Iterator[tuple[int, int, np.ndarray]]:
+            for row, picture in enumerate(self.pictures):
+                yield row, top + row * (self.rows + GAP), picture
+
+        above(self.left, "image")
+        for row, y, picture in tops():
+            sheet.picture(self.left, y, paint.enlarge(picture, self.factor))
+            if "label" in batch:
+                beside(row, self.left, _true(int(batch["label"][row]), names), "black")
+        for section, left, lines in zip(band, self.lefts(band), self.headings(band), strict=False):
+            middle = left - self.beside + self.span(len(section.columns)) / 2
+            sheet.write(middle, offset + MARGIN, "\n".join(lines), ha="center", va="top", weight="bold")
+            for across, column in enumerate(section.columns):
+                at = left + across * (self.columns + GAP)
+                above(at, column.title)
+                for row, y, picture in tops():
+                    sheet.picture(at, y, paint.paint(picture, section.grid, column.patches[row]))
+            for row, said in enumerate(section.predicted or ()):
+                wrong = "label" in batch and said != batch["label"][row]
+                beside(row, left, _said(said, names), WRONG if wrong else "black")
 
 
 def _legend(columns: Sequence[Column]) -> list[Patch]:

@@ -25,13 +25,15 @@ from tokenlab.sharding.constrain import constrain
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over D with scale and bias, eps 1e-6, statistics in float32 (Ba et al. 2016, arXiv 1607.06450).
+    """Layer norm over D with scale and bias, statistics in float32 (Ba et al. 2016, arXiv 1607.06450).
 
     Attributes:
       dtype: of the result; parameters stay float32.
+      eps: added to the variance, > 0.
     """
 
     dtype: Any = jnp.float32
+    eps: float = 1e-6
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"scale": (None,), "bias": (None,)}
 
@@ -48,7 +50,7 @@ class LayerNorm(nn.Module):
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(axis=-1, keepdims=True)
         variance = (centred * centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias).astype(self.dtype)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
 
 
 class LayerScale(nn.Module):
@@ -84,6 +86,7 @@ class Block:
       layer_scale: initial value of LayerScale, None for none.
       drop_path: True when residual branches are dropped in training (rates are per block, in `Depth.rate`).
       dtype: compute dtype.
+      norm_eps: eps of both layer norms.
     """
 
     attention: Attention
@@ -92,13 +95,17 @@ class Block:
     layer_scale: float | None = None
     drop_path: bool = False
     dtype: Any = jnp.float32
+    norm_eps: float = 1e-6
 
     def modules(self) -> dict[str, nn.Module]:
         """Slot -> module, in order of use. Slots are the kinds of `blocks/`, but for "ffn" (see `ffn_name`)."""
-        found: dict[str, nn.Module] = {"attention_norm": LayerNorm(self.dtype), "attention": self.attention}
+        found: dict[str, nn.Module] = {
+            "attention_norm": LayerNorm(self.dtype, self.norm_eps),
+            "attention": self.attention,
+        }
         if self.layer_scale is not None:
             found["attention_scale"] = LayerScale(self.layer_scale)
-        found |= {"ffn_norm": LayerNorm(self.dtype), "ffn": self.ffn}
+        found |= {"ffn_norm": LayerNorm(self.dtype, self.norm_eps), "ffn": self.ffn}
         if self.layer_scale is not None:
             found["ffn_scale"] = LayerScale(self.layer_scale)
         return found

@@ -40,11 +40,13 @@ class Head(nn.Module):
       outputs: number of logits.
       pool: "cls" takes the first token, "mean" see `pooled_mean`.
       dtype: compute dtype of the norm; the classifier runs in float32.
+      norm_eps: eps of the norm.
     """
 
     outputs: int
     pool: Pool
     dtype: Any = jnp.float32
+    norm_eps: float = 1e-6
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "norm/scale": (None,),
@@ -60,7 +62,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens) -> tuple[Array, Array, Array]:
         """Tokens -> logits [B, outputs] float32, pooled features [B, D] float32, normed tokens [B, N, D]."""
-        x = LayerNorm(self.dtype, name="norm")(tokens.x)
+        x = LayerNorm(self.dtype, self.norm_eps, name="norm")(tokens.x)
         pooled = x[:, 0].astype(jnp.float32) if self.pool == "cls" else pooled_mean(x, tokens)
         logits = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="classifier")(pooled)
         return logits, pooled, x

@@ -22,7 +22,12 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def fit_state(
-    saved: Any, wanted: Any, fresh: Iterable[str] = (), *, source: str = "the checkpoint"
+    saved: Any,
+    wanted: Any,
+    fresh: Iterable[str] = (),
+    *,
+    source: str = "the checkpoint",
+    left_out: bool = True,
 ) -> tuple[dict[str, Any], list[str]]:
     """The saved leaves that a model can use.
 
@@ -31,6 +36,8 @@ def fit_state(
       wanted: nested dicts of anything with `shape`, as `model.abstract_state()` gives them.
       fresh: paths ("head", "items/keep") whose leaves are not taken from `saved`, because they start anew.
       source: where `saved` is from, for messages: "the checkpoint in runs/a".
+      left_out: learned parts of items that the stack does not hold are left out, and told; False makes them an error,
+        for a run that starts from `saved` and should lose nothing unasked.
 
     Returns:
       path -> leaf of `saved`, for every leaf of `wanted` that is not under `fresh`; and notes to be told, one line
@@ -38,7 +45,7 @@ def fit_state(
 
     Raises:
       CheckpointError: a leaf that only one side has, or of another shape; or a path in `fresh` that neither side has.
-        The message names the leaf, both sides and how to mend it. Extra leaves under items/ are no error.
+        The message names the leaf, both sides and how to mend it. With `left_out`, extra leaves under items/ are none.
     """
     have, want, fresh = flat(saved), flat(wanted), tuple(fresh)
     for name in fresh:
@@ -51,7 +58,7 @@ def fit_state(
         {path: leaf for path, leaf in side.items() if not any(_under(path, name) for name in fresh)}
         for side in (have, want)
     )
-    extra = [path for path in have if path not in want and path.startswith("items/")]
+    extra = [path for path in have if left_out and path not in want and path.startswith("items/")]
     for path in (*want, *have):
         given, expected = (tuple(side[path].shape) if path in side else None for side in (have, want))
         if given != expected and path not in extra:

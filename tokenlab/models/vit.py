@@ -67,6 +67,7 @@ class ViTConfig:
       layer_scale: initial value of LayerScale; None for none.
       drop_path: rate of the last block, rising linearly from 0; in [0, 1).
       activation: "gelu_tanh", "gelu" (exact), "relu" or "silu".
+      norm_eps: added to the variance in the layer norms of blocks and head, > 0.
       dtype: "float32" or "bfloat16" for computation; parameters, softmax, norms and losses are float32 always.
       execution: "auto", "scan" or "unroll".
       remat: "none", "full" or "dots".
@@ -88,6 +89,7 @@ class ViTConfig:
     layer_scale: float | None = None
     drop_path: float = 0.0
     activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
     execution: Literal["auto", "scan", "unroll"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
@@ -113,6 +115,8 @@ class ViTConfig:
             raise ConfigError(
                 f"config.model.position_grid must be (rows, columns); got {self.position_grid}."
             )
+        if not self.norm_eps > 0:
+            raise ConfigError(f"config.model.norm_eps must be above 0; got {self.norm_eps}.")
         activation(self.activation)
 
     def dims(self) -> tuple[int, int, int, int, int]:
@@ -189,7 +193,7 @@ class ViT:
     @cached_property
     def head(self) -> Head:
         """The module under state["head"]."""
-        return Head(self.num_outputs, self.settings.head, self.dtype)
+        return Head(self.num_outputs, self.settings.head, self.dtype, self.settings.norm_eps)
 
     @cached_property
     def program(self) -> program.Program:
@@ -217,6 +221,7 @@ class ViT:
             layer_scale=s.layer_scale,
             drop_path=s.drop_path > 0,
             dtype=self.dtype,
+            norm_eps=s.norm_eps,
         )
         return program.build(
             stack,

@@ -20,6 +20,9 @@ class Task(Protocol):
     Attributes:
       primary: the metric by which checkpoints are compared.
       better: "max" or "min" of it.
+
+    A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
+    `classifies` True too. Evaluation then tells of calibration and of each class.
     """
 
     primary: str

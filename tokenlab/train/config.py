@@ -161,7 +161,7 @@ class TrainConfig:
     """One training run. `default_config()` gives it as the ConfigDict that a file in configs/ starts from.
 
     Attributes:
-        seed: >= 0; decides initialisation, the order of examples, augmentation and every random choice.
+        seed: >= 0; decides initialisation, the order of examples, changes to images and every random choice.
         steps: optimizer steps, >= 1.
         batch_size: examples per step over all devices and processes, >= 1.
         log_every: steps between training records, >= 1.

@@ -49,7 +49,7 @@ class Experiment:
     """
 
     config: TrainConfig
-    source: data.Source
+    source: data.Dataset
     stream: data.TrainStream
     task: Any
     mesh: Mesh
@@ -144,8 +144,16 @@ class Experiment:
 
     def batches(self, start: int) -> data.Prefetch[dict[str, Array]]:
         """Training batches on the devices from step `start` to the last, made ahead as `config.data.prefetch` says."""
-        depth = data.resolve(self.config.data).prefetch
-        return data.Prefetch(self.stream.batch, start, stop=self.config.steps, depth=depth, put=self.put)
+        how = self.source.config
+        return data.Prefetch(
+            self.stream.batch,
+            start,
+            stop=self.config.steps,
+            depth=how.prefetch,
+            threads=how.threads,
+            workers=how.workers,
+            put=self.put,
+        )
 
     def train_step(self, at: int) -> Callable[..., tuple[TrainState, step.Report]]:
         """The compiled step for step `at`; one for each set of numbers in the stack."""
@@ -223,7 +231,6 @@ def build(config: Mapping[str, Any] | ConfigDict | TrainConfig) -> Experiment:
         TRAIN_SPLIT,
         config.batch_size,
         seed=config.seed,
-        augment=data.resolve(config.data).augment,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

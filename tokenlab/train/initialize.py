@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenlab.core.errors import CheckpointError, suggest
+from tokenlab.core.errors import CheckpointError
+from tokenlab.models.state import fit_state
 from tokenlab.sharding.rules import path_of
 from tokenlab.train.checkpoint import Which, load_params
 from tokenlab.train.config import InitFrom
@@ -51,25 +52,10 @@ def load(config: InitFrom, shapes: Any) -> dict[str, np.ndarray]:
             f"config.init_from.path is {config.path!r}, no folder: give the workdir of another run."
         )
     tree, _ = evaluation_params(config.path)
-    saved, wanted = _flat(tree), _flat(shapes)
-    for name in config.fresh:
-        if not any(_under(path, name) for path in (*saved, *wanted)):
-            tops = {"/".join(path.split("/")[:depth]) for path in wanted for depth in (1, 2)}
-            raise CheckpointError(
-                f"config.init_from.fresh has {name!r}, which is no parameter.{suggest(name, tops)}"
-            )
-    saved = {path: leaf for path, leaf in saved.items() if not _is_fresh(path, config)}
-    wanted = {path: leaf for path, leaf in wanted.items() if not _is_fresh(path, config)}
-    for path in sorted({*saved, *wanted}):
-        have, want = (tuple(side[path].shape) if path in side else None for side in (saved, wanted))
-        if have != want:
-            given = "does not have it" if have is None else f"has it as {have}"
-            expected = "does not have it" if want is None else f"needs it as {want}"
-            raise CheckpointError(
-                f"parameter {path}: the checkpoint in {config.path} {given}, the model {expected}; use a model that "
-                f"fits, or start it anew with config.init_from.fresh=('{'/'.join(path.split('/')[:2])}',)."
-            )
-    return saved
+    leaves, _ = fit_state(
+        tree, shapes, config.fresh, source=f"the checkpoint in {config.path}", left_out=False
+    )
+    return leaves
 
 
 def merge(params: Any, loaded: Mapping[str, np.ndarray]) -> Any:
@@ -80,15 +66,3 @@ def merge(params: Any, loaded: Mapping[str, np.ndarray]) -> Any:
         return old if new is None else jax.device_put(np.asarray(new, old.dtype), old.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _under(path: str, name: str) -> bool:
-    return f"{path}/".startswith(f"{name.strip('/')}/")
-
-
-def _is_fresh(path: str, config: InitFrom) -> bool:
-    return any(_under(path, name) for name in config.fresh)

@@ -34,7 +34,18 @@ from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.train import metrics_file
 from tokenlab.train.metrics_file import MetricsFile
 
-MAY_CHANGE = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data.corrupt",
+    "data.memory",
+    "data.prefetch",
+    "data.threads",
+    "data.workers",
+)
 """Keys of the configuration that may be others when a run goes on."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

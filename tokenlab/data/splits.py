@@ -1,0 +1,122 @@
+"""Splits made of a source's own splits: `{"train": "train[:90%]", "validation": "train[90%:]"}`.
+
+A part is `NAME` or `NAME[FROM:TO]`, and parts are joined by "+". FROM and TO are counts or percentages, negative ones
+from the end; a percentage is rounded to the nearest example, so that `[:90%]` and `[90%:]` share none and leave none
+out. A slice is of the order in which the source is stored: of classes one after the other it holds only some.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tokenlab.core.errors import DataError
+from tokenlab.data.source import Batch, Records, Source, check_split
+
+_PART = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+class SlicedRecords:
+    """Slices of the records of some splits, one after the other.
+
+    Args:
+      parts: (records, first, last + 1) of each.
+    """
+
+    def __init__(self, parts: list[tuple[Records, int, int]]):
+        self._parts = parts
+        self._ends = np.cumsum([stop - start for _, start, stop in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        records, start, stop = self._parts[part]
+        return records[index - int(self._ends[part]) + stop]
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """See `Records.batch`."""
+        indices = np.asarray(indices)
+        if len(self._parts) == 1:
+            return self._parts[0][0].batch(indices + self._parts[0][1])
+        which = np.searchsorted(self._ends, indices, side="right")
+        result: dict[str, Any] = {}
+        for part, (records, _, stop) in enumerate(self._parts):
+            rows = np.flatnonzero(which == part)
+            if not len(rows) and (part or len(indices)):
+                continue
+            found = records.batch(indices[rows] - self._ends[part] + stop)
+            for key, values in found.items():
+                if isinstance(values, np.ndarray):
+                    empty = np.empty((len(indices), *values.shape[1:]), values.dtype)
+                    result.setdefault(key, empty)[rows] = values
+                else:
+                    target = result.setdefault(key, [None] * len(indices))
+                    for row, value in zip(rows, values, strict=True):
+                        target[row] = value
+        return result
+
+
+class SlicedSource:
+    """A source with splits made of another's; everything else is the other's.
+
+    Args:
+      source: to take from.
+      splits: name -> text, see the module.
+
+    Raises:
+      DataError: a text is not of this form, names a split that is not there, or stands for no example.
+    """
+
+    def __init__(self, source: Source, splits: Mapping[str, str]):
+        self.name, self.spec = source.name, source.spec
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self._records = {name: _records(source, name, text) for name, text in splits.items()}
+        self.splits = {name: len(records) for name, records in self._records.items()}
+        texts = ";".join(f"{name}={''.join(text.split())}" for name, text in splits.items())
+        self.fingerprint = f"{source.fingerprint}[{texts}]"
+
+    def split(self, name: str) -> Records:
+        """See `Source.split`."""
+        check_split(self, name)
+        return self._records[name]
+
+
+def sliced(source: Source, splits: Mapping[str, str]) -> Source:
+    """`source` with the splits that `splits` describes; `source` itself for {}. Raises as `SlicedSource`."""
+    return SlicedSource(source, splits) if splits else source
+
+
+def _records(source: Source, name: str, text: str) -> SlicedRecords:
+    parts = []
+    for word in text.split("+"):
+        found = _PART.fullmatch("".join(word.split()))
+        if not found:
+            raise DataError(
+                f"config.data.splits.{name} is {text!r}; expected a split such as 'train', 'train[:90%]' or "
+                "'train[-1000:]', or several joined by '+'"
+            )
+        records = source.split(found["name"])
+        start = _place(found["start"], len(records), 0)
+        stop = _place(found["stop"], len(records), len(records))
+        if start >= stop:
+            raise DataError(
+                f"config.data.splits.{name}: {word.strip()!r} holds no example; split {found['name']!r} of source "
+                f"{source.name!r} has {len(records)}"
+            )
+        parts.append((records, start, stop))
+    return SlicedRecords(parts)
+
+
+def _place(text: str | None, size: int, default: int) -> int:
+    if text is None:
+        return default
+    # Whole numbers throughout: the same place on every machine.
+    place = (2 * size * int(text[:-1]) + 100) // 200 if text.endswith("%") else int(text)
+    return min(max(place + size if text.startswith("-") else place, 0), size)
