@@ -9,6 +9,8 @@ The prepared set is looked for in TFDS_DATA_DIR. The last 5,000 of the 60,000 tr
 
 from ml_collections.config_dict import ConfigDict
 
+from tokenlab.core.config import from_dataclass
+from tokenlab.data.sources import tfds
 from tokenlab.train import default_config
 
 STACKS = {"dense": "block*6", "keep": "block*2 + keep(0.5, by=cls) + block*4"}
@@ -17,7 +19,7 @@ STACKS = {"dense": "block*6", "keep": "block*2 + keep(0.5, by=cls) + block*4"}
 def get_config(stack: str = "dense") -> ConfigDict:
     """The run; `stack` is a name in STACKS or an expression."""
     config = default_config()
-    config.steps = 2500
+    config.steps = 5000
     config.batch_size = 128
     config.log_every = 100
     config.eval_every = 500
@@ -26,10 +28,15 @@ def get_config(stack: str = "dense") -> ConfigDict:
     config.model.size = "toy/4"
     config.model.stack = STACKS.get(stack, stack)
 
-    config.data = ConfigDict({"name": "tfds", "dataset": "fashion_mnist"})
-    config.data.splits = {"train": "train[:-5000]", "validation": "train[-5000:]", "test": "test"}
-    config.data.transform = "decode|random_crop(28, pad=2)|flip_lr|value_range(-1, 1)"
-    config.data.prefetch = 2
+    config.data = from_dataclass(
+        tfds.Config(
+            name="tfds",
+            dataset="fashion_mnist",
+            splits={"train": "train[:-5000]", "validation": "train[-5000:]", "test": "test"},
+            transform="decode|random_crop(28, pad=2)|flip_lr|value_range(-1, 1)",
+            prefetch=2,
+        )
+    )
 
     config.optimizer.learning_rate = 2e-3
     return config

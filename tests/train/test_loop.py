@@ -86,7 +86,10 @@ def config(**changes: Any) -> ConfigDict:
 def records(workdir: Path) -> list[dict[str, Any]]:
     """What the run wrote, without what may differ between two equal runs."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.endswith("seconds")}
+        for line in lines
+    ]
 
 
 def steps_of(workdir: Path) -> list[int]:

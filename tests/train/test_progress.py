@@ -25,7 +25,7 @@ class Clock:
 
 
 def train(step: int, seconds: float, **values: Any) -> dict[str, Any]:
-    totals = {"flops": step * 2 * 10**9, "tokens": step * 640, "seconds": seconds}
+    totals = {"flops": step * 2 * 10**9, "tokens": step * 640, "seconds": seconds, "data_seconds": 0.0}
     return {"step": step, "split": "train", "accuracy": 0.25, "loss": 2.302585, **values, **totals}
 
 

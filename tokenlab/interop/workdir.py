@@ -289,6 +289,7 @@ def _write(
             "flops": 0,
             "tokens": 0,
             "seconds": 0.0,
+            "data_seconds": 0.0,
             "data": run.stream.state(0),
             "stack_vars": run.stack_vars.at(0),
             "ema": state.ema is not None,

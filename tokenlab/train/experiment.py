@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Experiment:
         stack_vars: numbers in the stack by step.
         models: training model for each set of numbers, by `schedule.values_key`.
         metric_names: what a train step sums.
+        skipped: records of this process's training rows that could not be read, as they turn up.
     """
 
     config: TrainConfig
@@ -57,6 +59,7 @@ class Experiment:
     stack_vars: schedule.StackVars
     models: Mapping[str, Any]
     metric_names: tuple[str, ...]
+    skipped: set[int] = field(default_factory=set)
     _eval_models: dict[str, Any] = field(default_factory=dict, repr=False)
     _evaluators: dict[Any, Evaluator] = field(default_factory=dict, repr=False)
     _steps: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
@@ -144,7 +147,14 @@ class Experiment:
 
     def batches(self, start: int) -> data.Prefetch[dict[str, Array]]:
         """Training batches on the devices from step `start` to the last, made ahead as `config.data.prefetch` says."""
-        how = self.source.config
+        how, steps = self.source.config, itertools.count(start)
+
+        def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:  # in the order of steps
+            step = next(steps)
+            if not batch["mask"].all():
+                self.skipped.update(self.stream.indices(step)[batch["mask"] == 0].tolist())
+            return self.put(batch)
+
         return data.Prefetch(
             self.stream.batch,
             start,
@@ -152,7 +162,7 @@ class Experiment:
             depth=how.prefetch,
             threads=how.threads,
             workers=how.workers,
-            put=self.put,
+            put=put,
         )
 
     def train_step(self, at: int) -> Callable[..., tuple[TrainState, step.Report]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tokenlab.train import compilation, initialize
 from tokenlab.train import experiment as experiments
 from tokenlab.train.checkpoint import Checkpoints
 from tokenlab.train.evaluation import means
-from tokenlab.train.experiment import Experiment
+from tokenlab.train.experiment import TRAIN_SPLIT, Experiment
 from tokenlab.train.interrupt import Interrupt
 from tokenlab.train.progress import Progress
 from tokenlab.train.records import Workdir
@@ -49,8 +49,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             events and checkpoints/.
 
     Returns:
-        "step", "flops", "tokens" and "seconds" of the run, and under the name of each split its last record: "train",
-        `config.eval.split` and `config.eval.final_split`.
+        "step", "flops", "tokens", "seconds" and "data_seconds" (of it, waiting for batches) of the run, and under the
+        name of each split its last record: "train", `config.eval.split` and `config.eval.final_split`.
 
     Raises:
         TokenLabError: what is wrong, in one line. Whatever can be known before training is said before the workdir is
@@ -103,6 +103,7 @@ class Trainer:
         state: the train state after `step` steps.
         flops, tokens: counted model FLOPs and tokens of training so far.
         stopwatch: seconds of training so far.
+        waited: of these, seconds spent waiting for batches. While the devices still had steps to do that cost nothing.
         results: last record by split.
     """
 
@@ -122,8 +123,9 @@ class Trainer:
         self.progress, self.interrupt = progress, interrupt
         self.step, self.flops, self.tokens = 0, 0, 0
         self.results: dict[str, dict[str, Any]] = {}
-        self.stopwatch = Stopwatch()
+        self.stopwatch, self.waited = Stopwatch(), 0.0
         self._begun = begun
+        self._skipped: dict[int, str] = {}
         self._functions: dict[str, tuple[Callable[..., Any], int]] = {}
         self._facts: dict[str, Any] = {"compile_seconds": {}, "train_flops_per_step": {}}
         self._leaf_names = experiment.leaf_names()
@@ -139,7 +141,7 @@ class Trainer:
             self._check_step()
             self.experiment.stream.check(meta["data"])
             self.flops, self.tokens, self.results = meta["flops"], meta["tokens"], meta["results"]
-            self.stopwatch = Stopwatch(meta["seconds"])
+            self.stopwatch, self.waited = Stopwatch(meta["seconds"]), meta["data_seconds"]
             done = self.step == self.config.steps
             notes += [
                 *passed_over,
@@ -165,7 +167,7 @@ class Trainer:
         in_flight: deque[jax.Array] = deque()
         guard = jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
         with experiment.batches(self.step) as batches, guard, self.stopwatch.running():
-            for batch in batches:
+            for batch in self._waiting(batches):
                 if self.step in changes:
                     train_step, flops = self._prepare(batch)
                 self.state, report = train_step(self.state, batch)
@@ -180,12 +182,33 @@ class Trainer:
                     self._visit(report, stop=stop)
         return {**self._totals(), **self.results}
 
+    def _waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, while the wait for each is added up."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def _tell_skipped(self) -> None:
+        """Names records that could not be read (`config.data.corrupt="skip"`) as they turn up, and counts them."""
+        source = self.experiment.source
+        new = sorted(self.experiment.skipped - self._skipped.keys())
+        for index in new:
+            self._skipped[index] = source.why(TRAIN_SPLIT, index)
+            self.progress.note(f"left out: record {index} of split {TRAIN_SPLIT!r}: {self._skipped[index]}")
+        if new:
+            self.folder.update_run({"skipped_records": {str(k): v for k, v in self._skipped.items()}})
+
     def _totals(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "flops": self.flops,
             "tokens": self.tokens,
             "seconds": self.stopwatch.seconds,
+            "data_seconds": self.waited,
         }
 
     def _prepare(self, batch: Mapping[str, jax.Array]) -> tuple[Callable[..., Any], int]:
@@ -243,6 +266,7 @@ class Trainer:
         fetched = jax.device_get((self.state.metrics, self.state.health, report.learning_rate))
         sums, health, rate = fetched
         check_health(health, self._leaf_names)
+        self._tell_skipped()
         self.state = self.state.replace(metrics=self.experiment.zero_metrics())
         self._record("train", {**means(sums), "learning_rate": float(rate)})
 

@@ -15,7 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-_TOTALS = ("step", "split", "flops", "tokens", "seconds")
+WORTH_TELLING = 0.03
+"""Share of the time spent waiting for batches from which on the line says so."""
+
+_TOTALS = ("step", "split", "flops", "tokens", "seconds", "data_seconds")
 _REFRESH_SECONDS = 0.1
 
 
@@ -49,7 +52,13 @@ class Progress:
         self._file = file
         self._primary = jax.process_index() == 0 if primary is None else primary
         self._live: Live | None = None
-        self._before: Mapping[str, Any] = {"step": 0, "flops": 0, "tokens": 0, "seconds": 0.0}
+        self._before: Mapping[str, Any] = {
+            "step": 0,
+            "flops": 0,
+            "tokens": 0,
+            "seconds": 0.0,
+            "data_seconds": 0.0,
+        }
         self._before_at: float | None = None
         self._pace: float | None = None
         self._line = ""
@@ -83,9 +92,9 @@ class Progress:
         """Shows a record.
 
         Args:
-            record: "step", "split", the totals of the run so far ("flops" of the model, "tokens", "seconds" of
-                training) and metrics. The rates shown are those since the record of the split "train" before it;
-                with the first record those of the whole run.
+            record: "step", "split", totals of the run so far ("flops" of the model, "tokens", "seconds" of training,
+                "data_seconds" of it waiting for batches) and metrics. The rates shown are those since the record of
+                the split "train" before it; with the first record those of the whole run.
         """
         metrics = {name: value for name, value in record.items() if name not in _TOTALS}
         shown = [
@@ -103,14 +112,17 @@ class Progress:
             self._live.update(self._drawing(), refresh=True)
 
     def _rates(self, record: Mapping[str, Any]) -> Iterator[str]:
-        steps, flops, tokens, seconds = (
-            record[name] - self._before[name] for name in ("step", "flops", "tokens", "seconds")
+        steps, flops, tokens, seconds, waited = (
+            record[name] - self._before[name]
+            for name in ("step", "flops", "tokens", "seconds", "data_seconds")
         )
         now = self._clock()
         if steps > 0 and seconds > 0:
             yield readable(steps * self._batch_size / seconds, f" {self._examples}/s")
             yield readable(tokens / seconds, " tokens/s")
             yield readable(flops / seconds, "FLOP/s")
+            if waited > WORTH_TELLING * seconds:
+                yield f"{waited / seconds:.0%} waiting for data"
             if self._pace is None or self._before_at is None:
                 self._pace = seconds / steps
             else:  # by the clock, so that evaluations count; smoothed, as few intervals hold one
