@@ -146,7 +146,10 @@ def _grain_iterator(
     made = batches.to_iter_dataset(options)
     if not workers:
         return iter(made)
-    made = made.mp_prefetch(
+    # Batches come through pipes. In shared memory, which is quicker by a few milliseconds for large ones, those under way
+    # when a run ends would be left to Python's tracker, which complains of them.
+    pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
+    made = grain.experimental.WithOptionsIterDataset(made, pipes).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, depth // workers)),
         worker_init_fn=Worker(os.getpid()),
     )
