@@ -146,8 +146,8 @@ def _grain_iterator(
     made = batches.to_iter_dataset(options)
     if not workers:
         return iter(made)
-    # Batches come through pipes. In shared memory, which is quicker by a few milliseconds for large ones, those under way
-    # when a run ends would be left to Python's tracker, which complains of them.
+    # Batches come through pipes. Shared memory is quicker for large ones, but what is under way when a run ends would
+    # be left to Python's tracker, which complains of it.
     pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
     made = grain.experimental.WithOptionsIterDataset(made, pipes).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, depth // workers)),
