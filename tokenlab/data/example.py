@@ -1,8 +1,8 @@
 """The record format of prepared TFDS sets, `tf.train.Example`, read without TensorFlow.
 
 The message is described here field by field, with the numbers of TensorFlow's public `example.proto` and
-`feature.proto`; protobuf's C runtime then parses it: measured on one core, 200,000 to 500,000 records/s, so that reading
-the file and not parsing decides how fast a set is read.
+`feature.proto`; protobuf's C runtime then parses it: measured on one core, 200,000 to 500,000 records/s, so that not
+parsing but reading the file decides how fast a set is read.
 """
 
 from __future__ import annotations
