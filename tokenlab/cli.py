@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenlab.core import names
+from tokenlab.core import huge_pages, names
 from tokenlab.core.errors import ConfigError, NameLookupError, TokenLabError, suggest
 
 PROGRAM = "tokenlab"
@@ -290,6 +290,12 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def console() -> int:
+    """The program `tokenlab`: `main`, in huge pages where the system has them."""
+    huge_pages.ensure()
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -433,4 +439,4 @@ def _help_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from tokenlab import evaluate, train
 from tokenlab.core import config as configs
+from tokenlab.core import huge_pages
 from tokenlab.core.errors import ConfigError, TokenLabError
 from tokenlab.cost import pretty
 from tokenlab.evaluate import style, tokens_picture
@@ -197,4 +198,5 @@ def _labels(panel: Axes, arms: Sequence[Mapping[str, Any]], key: str) -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ensure()
     sys.exit(main())

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenlab import models, tasks
+from tokenlab.core import huge_pages
 from tokenlab.cost.flops import count
 
 DENSE = "block*12"
@@ -131,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ensure()
     main()
