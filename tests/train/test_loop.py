@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -351,3 +352,17 @@ def test_a_wrong_configuration_is_told_before_the_workdir_is_touched(
     for word in words:
         assert word in message
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("ready", "counted"), [([], True), ([True], True), ([True, False], False), ([False, True], True)]
+)
+def test_waiting_counts_only_while_the_devices_have_nothing_to_do(ready: list[bool], counted: bool) -> None:
+    def batches() -> Any:
+        time.sleep(0.02)
+        yield "batch"
+
+    trainer = types.SimpleNamespace(waited=0.0)
+    in_flight = [types.SimpleNamespace(is_ready=lambda done=done: done) for done in ready]
+    assert list(loop.Trainer._waiting(trainer, batches(), in_flight)) == ["batch"]
+    assert (trainer.waited >= 0.02) == counted

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             events and checkpoints/.
 
     Returns:
-        "step", "flops", "tokens", "seconds" and "data_seconds" (of it, waiting for batches) of the run, and under the
-        name of each split its last record: "train", `config.eval.split` and `config.eval.final_split`.
+        "step", "flops", "tokens", "seconds" and "data_seconds" (of these, with no step to do for want of batches) of
+        the run, and under the name of each split its last record: "train", `config.eval.split` and
+        `config.eval.final_split`.
 
     Raises:
         TokenLabError: what is wrong, in one line. Whatever can be known before training is said before the workdir is
@@ -103,7 +104,8 @@ class Trainer:
         state: the train state after `step` steps.
         flops, tokens: counted model FLOPs and tokens of training so far.
         stopwatch: seconds of training so far.
-        waited: of these, seconds spent waiting for batches. While the devices still had steps to do that cost nothing.
+        waited: of these, seconds spent waiting for batches while the devices had no more steps to do, or ran out of
+            them.
         results: last record by split.
     """
 
@@ -167,7 +169,7 @@ class Trainer:
         in_flight: deque[jax.Array] = deque()
         guard = jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
         with experiment.batches(self.step) as batches, guard, self.stopwatch.running():
-            for batch in self._waiting(batches):
+            for batch in self._waiting(batches, in_flight):
                 if self.step in changes:
                     train_step, flops = self._prepare(batch)
                 self.state, report = train_step(self.state, batch)
@@ -182,12 +184,14 @@ class Trainer:
                     self._visit(report, stop=stop)
         return {**self._totals(), **self.results}
 
-    def _waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, while the wait for each is added up."""
+    def _waiting(self, batches: Iterator[Any], in_flight: Sequence[jax.Array]) -> Iterator[Any]:
+        """The batches; the wait for one is added up when the devices had nothing left to do before it came."""
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
+            came = time.perf_counter()
+            if not in_flight or in_flight[-1].is_ready():
+                self.waited += came - asked
             if batch is None:
                 return
             yield batch

@@ -93,7 +93,7 @@ class Progress:
 
         Args:
             record: "step", "split", totals of the run so far ("flops" of the model, "tokens", "seconds" of training,
-                "data_seconds" of it waiting for batches) and metrics. The rates shown are those since the record of
+                "data_seconds" of it idle for want of batches) and metrics. The rates shown are since the record of
                 the split "train" before it; with the first record those of the whole run.
         """
         metrics = {name: value for name, value in record.items() if name not in _TOTALS}
