@@ -9,58 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 
 from tokenlab.core.errors import DataError
-from tokenlab.data.source import Batch, Records, Source, check_split
+from tokenlab.data.joined import JoinedRecords, Stretch
+from tokenlab.data.source import Records, Source, check_split
 
 _PART = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-
-
-class SlicedRecords:
-    """Slices of the records of some splits, one after the other.
-
-    Args:
-      parts: (records, first, last + 1) of each.
-    """
-
-    def __init__(self, parts: list[tuple[Records, int, int]]):
-        self._parts = parts
-        self._ends = np.cumsum([stop - start for _, start, stop in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        records, start, stop = self._parts[part]
-        return records[index - int(self._ends[part]) + stop]
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        """See `Records.batch`."""
-        indices = np.asarray(indices)
-        if len(self._parts) == 1:
-            return self._parts[0][0].batch(indices + self._parts[0][1])
-        which = np.searchsorted(self._ends, indices, side="right")
-        result: dict[str, Any] = {}
-        for part, (records, _, stop) in enumerate(self._parts):
-            rows = np.flatnonzero(which == part)
-            if not len(rows) and (part or len(indices)):
-                continue
-            found = records.batch(indices[rows] - self._ends[part] + stop)
-            for key, values in found.items():
-                if isinstance(values, np.ndarray):
-                    empty = np.empty((len(indices), *values.shape[1:]), values.dtype)
-                    result.setdefault(key, empty)[rows] = values
-                else:
-                    target = result.setdefault(key, [None] * len(indices))
-                    for row, value in zip(rows, values, strict=True):
-                        target[row] = value
-        return result
 
 
 class SlicedSource:
@@ -71,10 +25,15 @@ class SlicedSource:
       splits: name -> text, see the module.
 
     Raises:
-      DataError: a text is not of this form, names a split that is not there, or stands for no example.
+      DataError: a text is not of this form, names a split that is not there, or stands for no example; or the source is
+        a mixture, whose weights are those of its whole splits.
     """
 
     def __init__(self, source: Source, splits: Mapping[str, str]):
+        if hasattr(source, "parts"):
+            raise DataError(
+                "config.data.splits is set for a mixture; expected it in the parts: config.data.parts[i]['splits']"
+            )
         self.name, self.spec = source.name, source.spec
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self._records = {name: _records(source, name, text) for name, text in splits.items()}
@@ -93,8 +52,8 @@ def sliced(source: Source, splits: Mapping[str, str]) -> Source:
     return SlicedSource(source, splits) if splits else source
 
 
-def _records(source: Source, name: str, text: str) -> SlicedRecords:
-    parts = []
+def _records(source: Source, name: str, text: str) -> JoinedRecords:
+    stretches = []
     for word in text.split("+"):
         found = _PART.fullmatch("".join(word.split()))
         if not found:
@@ -110,8 +69,8 @@ def _records(source: Source, name: str, text: str) -> SlicedRecords:
                 f"config.data.splits.{name}: {word.strip()!r} holds no example; split {found['name']!r} of source "
                 f"{source.name!r} has {len(records)}"
             )
-        parts.append((records, start, stop))
-    return SlicedRecords(parts)
+        stretches.append(Stretch(records, start, stop))
+    return JoinedRecords(stretches, source.spec)
 
 
 def _place(text: str | None, size: int, default: int) -> int:

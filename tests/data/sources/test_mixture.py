@@ -118,8 +118,18 @@ def test_the_fingerprint_follows_parts_and_weights(tmp_path: Path) -> None:
 
 def test_a_mixture_of_mixtures(tmp_path: Path) -> None:
     a, b = arrays(tmp_path, "a"), arrays(tmp_path, "b")
-    inner = {"name": "mixture", "parts": (a, b), "weight": 1}
-    assert build(inner, a).splits == {"test": 9, "train": 18}
+    inner = {"name": "mixture", "parts": ({**a, "weight": 1}, {**b, "weight": 3}), "weight": 2}
+    source = build(inner, a)
+    assert source.splits == {"test": 9, "train": 18}
+    assert source.parts("train") == ((6, 0.5), (6, 1.5), (6, 1.0))
+
+
+def test_splits_of_the_mixture_are_refused_as_they_would_lose_its_weights(tmp_path: Path) -> None:
+    parts = (arrays(tmp_path, "a"), arrays(tmp_path, "b", weight=9))
+    with pytest.raises(
+        DataError, match=r"splits is set for a mixture; expected it in the parts: config\.data"
+    ):
+        data.source_of({"name": "mixture", "parts": parts, "splits": {"train": "train[:5]"}})
 
 
 @pytest.mark.parametrize(

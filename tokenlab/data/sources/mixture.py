@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import numpy as np
-
 from tokenlab.core import config as core_config
 from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, DataError, suggest
-from tokenlab.data.source import ENCODED, Batch, DataConfig, Records, Source, Spec, check_split, stackable
+from tokenlab.data.joined import JoinedRecords, Stretch
+from tokenlab.data.source import ENCODED, DataConfig, Records, Source, Spec, check_split
 from tokenlab.data.splits import sliced
 
 SOURCES = "tokenlab.data.sources"
@@ -123,69 +122,26 @@ class MixtureSource:
         self.fingerprint = f"mixture:{hashlib.sha256(says.encode()).hexdigest()[:16]}"
 
     def parts(self, split: str) -> tuple[tuple[int, float], ...]:
-        """(number of records, weight) of each part of a split, in the order in which the records follow."""
+        """(number of records, weight) of each part of a split, in the order in which the records follow.
+
+        A part that is a mixture itself stands for its own parts, which share its weight.
+        """
         check_split(self, split)
-        counts = [source.splits[split] for source in self._sources]
-        return tuple(zip(counts, self._weights, strict=True))
+        found: list[tuple[int, float]] = []
+        for source, weight in zip(self._sources, self._weights, strict=True):
+            own = source.parts(split) if isinstance(source, MixtureSource) else ((source.splits[split], 1.0),)
+            whole = math.fsum(share for _, share in own)
+            found += [(size, weight * share / whole) for size, share in own]
+        return tuple(found)
 
     def split(self, name: str) -> Records:
         """See `Source.split`."""
         check_split(self, name)
-        records = [source.split(name) for source in self._sources]
-        return MixtureRecords(records, self._offsets, self.spec)
-
-
-class MixtureRecords:
-    """Records of several sources, one after the other.
-
-    Args:
-      parts: the records of each.
-      offsets: added to the labels of each.
-      spec: of the mixture.
-    """
-
-    def __init__(self, parts: list[Records], offsets: tuple[int, ...], spec: Spec):
-        self._parts, self._offsets, self._spec = parts, offsets, dict(spec)
-        self._ends = np.cumsum([len(records) for records in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        records = self._parts[part]
-        record = records[index - int(self._ends[part]) + len(records)]
-        return self._labelled(record, part)
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        """See `Records.batch`."""
-        indices = np.asarray(indices)
-        which = np.searchsorted(self._ends, indices, side="right")
-        result: Batch = {
-            key: np.empty((len(indices), *shape), dtype)
-            if stackable((shape, dtype))
-            else [None] * len(indices)
-            for key, (shape, dtype) in self._spec.items()
-        }
-        for part in np.unique(which).tolist():
-            rows = np.flatnonzero(which == part)
-            records = self._parts[part]
-            found = self._labelled(records.batch(indices[rows] - self._ends[part] + len(records)), part)
-            for key, target in result.items():
-                if isinstance(target, np.ndarray):
-                    target[rows] = found[key]
-                else:
-                    for row, value in zip(rows.tolist(), found[key], strict=True):
-                        target[row] = value
-        return result
-
-    def _labelled(self, found: Batch, part: int) -> Batch:
-        offset = self._offsets[part]
-        if not offset:
-            return found
-        return {**found, "label": (found["label"] + offset).astype(np.int32)}
+        stretches = [
+            Stretch(source.split(name), 0, source.splits[name], offset)
+            for source, offset in zip(self._sources, self._offsets, strict=True)
+        ]
+        return JoinedRecords(stretches, self.spec)
 
 
 def _spec(sources: list[Source]) -> Spec:
