@@ -1,4 +1,4 @@
-"""The command line: `tokenlab train | evaluate | cost | data | list`.
+"""The command line: `tokenlab train | evaluate | compare | benchmark | cost | data | list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -6,6 +6,7 @@ help and mistakes on the command line answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -81,7 +82,7 @@ def train(arguments: Arguments) -> None:
     wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
     from tokenlab.train import run
 
-    run(wanted, arguments.values["workdir"])
+    run(wanted, arguments.values["workdir"], profile="profile" in arguments.switches)
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -105,6 +106,53 @@ def evaluate(arguments: Arguments) -> None:
     )
 
 
+def compare(arguments: Arguments) -> None:
+    """Train the arms of a comparison under one budget, or go on with it, and write the report."""
+    from tokenlab.core import config
+
+    given = arguments.values
+    wanted = config.override(config.load(given["config"]), arguments.overrides)
+    from tokenlab.compare import command
+
+    said = {name: value for name, value in given.items() if name in ("config", "workdir") and value}
+    command.run(
+        wanted,
+        given["workdir"],
+        share=command.read_share(given["arms"]),
+        arms=() if given["arm"] is None else (given["arm"],),
+        training="report" not in arguments.switches,
+        command=command.spelled(said, arguments.overrides),
+    )
+
+
+def benchmark(arguments: Arguments) -> None:
+    """Time a configuration or a suite beside the dense stack of as many blocks."""
+    given = arguments.values
+    numbers = {name: _number(f"benchmark: --{name}", given[name]) for name in ("rounds", "batch")}
+    target, wanted = _writable(given["json"]), None
+    if given["config"] is not None:
+        from tokenlab.core import config
+
+        wanted = config.override(config.load(given["config"]), arguments.overrides)
+    elif arguments.overrides:
+        raise ConfigError(
+            "benchmark: --config.KEY=VALUE changes a configuration; give it with --config=FILE."
+        )
+    from tokenlab.bench import run
+
+    run(
+        wanted,
+        name=Path((given["config"] or "").partition(":")[0]).stem,
+        suite=given["suite"],
+        size=given["size"],
+        mode=given["mode"],
+        json=target,
+        markdown="markdown" in arguments.switches,
+        profile=given["profile"],
+        **numbers,
+    )
+
+
 def cost(arguments: Arguments) -> None:
     """Print what a configuration costs; nothing is trained."""
     from tokenlab.core import config
@@ -113,7 +161,7 @@ def cost(arguments: Arguments) -> None:
     wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
     from tokenlab.evaluate import cost_report
 
-    table = cost_report(wanted)
+    table = cost_report(wanted, chip=arguments.values["chip"])
     if target is not None:
         Path(target).write_text(json.dumps(table.to_json(), indent=2) + "\n", encoding="utf-8")
     if "markdown" in arguments.switches:
@@ -233,7 +281,11 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         train,
         "train what a configuration describes, or go on with it",
-        (_CONFIG, Flag("workdir", "folder of the run; made when missing", "DIR", required=True)),
+        (
+            _CONFIG,
+            Flag("workdir", "folder of the run; made when missing", "DIR", required=True),
+            Flag("profile", "trace three steps into DIR/profile, with a summary of what took longest"),
+        ),
         overrides=True,
     ),
     "evaluate": Command(
@@ -252,10 +304,49 @@ COMMANDS: dict[str, Command] = {
         more='--config.eval.stack="A; B; C" compares several stacks on the same weights and data.',
         hints={"config": "the workdir knows its configuration; change fields of it with --config.KEY=VALUE"},
     ),
+    "compare": Command(
+        compare,
+        "train several arms under one budget from several seeds, and write a report",
+        (
+            _CONFIG,
+            Flag("workdir", "folder of the comparison; made when missing", "DIR", required=True),
+            Flag("arms", "train only each N-th run, beginning with the I-th, as one of N machines", "I/N"),
+            Flag("arm", "train only this arm", "NAME"),
+            Flag("report", "train nothing: collect the finished runs and write the report"),
+        ),
+        overrides=True,
+        more="A rerun goes on where the last one ended; runs that are finished stay as they are.",
+    ),
+    "benchmark": Command(
+        benchmark,
+        "time train step and inference of a configuration or a suite beside the dense stack",
+        (
+            dataclasses.replace(_CONFIG, required=False),
+            Flag("suite", "what to time instead: core, every item and method", "NAME"),
+            Flag("size", "of the suite: cpu or accelerator (default: by the device)", "NAME"),
+            Flag("mode", "train, inference or both", "NAME", default="both"),
+            Flag("rounds", "timed rounds, at least 3", "N"),
+            Flag("batch", "examples a step (default: the configuration's or the suite's)", "N"),
+            _JSON,
+            Flag("markdown", "print the table in Markdown"),
+            Flag("profile", "trace three steps of each stack into folders of this one", "DIR"),
+        ),
+        overrides=True,
+        more="docs/benchmark.md says how to read the figures.",
+    ),
     "cost": Command(
         cost,
         "count tokens, parameters and FLOPs of a configuration, layer by layer",
-        (_CONFIG, _JSON, Flag("markdown", "print the table in Markdown")),
+        (
+            _CONFIG,
+            _JSON,
+            Flag("markdown", "print the table in Markdown"),
+            Flag(
+                "chip",
+                'also print the roofline on a chip such as "TPU v5e", or on this machine: here',
+                "NAME",
+            ),
+        ),
         overrides=True,
     ),
     "data": Command(
@@ -410,6 +501,13 @@ def _writable(path: str | None) -> str | None:
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise ConfigError(f"--json={path} cannot be written: expected a file in a folder that exists.")
     return path
+
+
+def _number(flag: str, text: str | None) -> int | None:
+    """A whole number, or None where none is given."""
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    raise ConfigError(f"{flag}={text}: expected a whole number.")
 
 
 def _help() -> str:

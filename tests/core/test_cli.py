@@ -77,6 +77,13 @@ class TestTrain:
         assert found.to_dict() == {"steps": 3, "stack": "block*2", "vars": {"k": 0.5, "text": "a=b --x"}}
         assert workdir == "/w/d"
 
+    def test_a_profile_is_asked_for(self, config, package, capsys):
+        calls = package("tokenlab.train", "run", {})
+        words = ("train", f"--config={config}", "--workdir=/w/d")
+        run(capsys, *words)
+        run(capsys, *words, "--profile")
+        assert [how for _, how in calls] == [{"profile": False}, {"profile": True}]
+
     def test_mistakes_in_the_config_are_told_before_anything_is_run(self, config, package, capsys):
         calls = package("tokenlab.train", "run")
         words = ("train", f"--config={config}", "--workdir=/w/d", "--config.stepz=3")

@@ -59,8 +59,11 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
         f"--config={file}",
         "--config.model.stack=block+keep(0.5)+block",
         f"--json={target}",
-        "--markdown",
+        "--chip=TPU v5e",
     ]
+    assert cli.main(["cost", *flags, "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "| keep_00 |" in out and "roofline on TPU v5e" in out
     assert cli.main(["cost", *flags]) == 0
-    assert "| keep_00 |" in capsys.readouterr().out
+    assert "roofline on TPU v5e" in capsys.readouterr().out
     assert json.loads(target.read_text())["total"]["forward_flops"] > 0

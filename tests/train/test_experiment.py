@@ -59,6 +59,28 @@ def test_sharded_steps_equal_those_of_one_device(built: Experiment) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**31 + 1, 2**32 - 1])
+def test_a_seed_gives_the_same_state_as_a_number_and_on_the_device(built: Experiment, seed: int) -> None:
+    parts = (built.model, built.optimizer, built.metric_names)
+    number = jax.jit(lambda: state.create(*parts, seed))()
+    array = jax.jit(lambda seed: state.create(*parts, seed))(np.uint32(seed))
+    jax.tree.map(np.testing.assert_array_equal, number, array)
+
+
+def test_another_seed_shares_what_is_compiled(built: Experiment) -> None:
+    other = built.with_seed(5)
+    assert other.config.seed == 5 and built.config.seed == 0
+    assert not np.array_equal(other.stream.indices(0), built.stream.indices(0))
+    first, second = built.init(), other.init()
+    assert not np.array_equal(first.key, second.key)
+    batch = built.put(built.stream.batch(0))
+    compiled = built.compiled_step(0, first, batch)
+    assert other.compiled_step(0, second, batch) is compiled
+    assert compiled.flops == built.step_cost(0).model_flops
+    state_bytes = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(first))
+    assert compiled.peak_bytes > state_bytes
+
+
 def test_counted_flops_do_not_depend_on_accumulation_or_mesh(built: Experiment) -> None:
     plain = experiment.build(config(**{"mesh.fsdp": 1, "mesh.tensor": 1, "mesh.data": 8}))
     assert built.step_cost(0).model_flops == plain.step_cost(0).model_flops > 0

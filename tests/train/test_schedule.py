@@ -93,7 +93,7 @@ def test_wrong_schedules(config: dict, error: type[Exception], words: list[str])
 
 
 def test_stack_vars_are_a_function_of_the_step() -> None:
-    variables = schedule.stack_vars({"k": "0:1.0, 10:0.5,20: 4, 30:1.0", "n": 3})
+    variables = schedule.stack_vars({"k": "0:1.0, 10:0.5,20: 4, 30:1.0", "n": 3}, 40)
     assert [variables.at(step)["k"] for step in (0, 9, 10, 19, 20, 29, 30, 99)] == [
         1.0,
         1.0,
@@ -112,18 +112,48 @@ def test_stack_vars_are_a_function_of_the_step() -> None:
     assert variables.distinct(10) == [{"k": 1.0, "n": 3}]
 
 
+def test_stack_vars_by_shares_of_the_run() -> None:
+    variables = schedule.stack_vars({"k": "0%:1.0, 25%:0.5, 99: 4"}, 101)
+    assert variables.changes(101) == [0, 25, 99]  # 25.25 steps, to the nearest
+    assert schedule.stack_vars({"k": "0:1.0, 50%:0.5"}, 5).changes(5) == [0, 3]
+    assert schedule.stack_vars({"k": "0:1.0, 25%:0.5, 30%:0.25"}, 1).at(0) == {"k": 0.25}
+
+
+def test_stack_vars_in_shares_scale_with_the_run() -> None:
+    shares = schedule.in_shares({"k": "0:1.0, 7:0.5, 50%: 4, 40:1", "n": 3}, 30)
+    assert shares["n"] == 3
+    same = schedule.stack_vars(shares, 30)
+    assert same.changes(30) == [0, 7, 15]
+    assert [same.at(step)["k"] for step in (6, 7, 15)] == [1.0, 0.5, 4] and isinstance(same.at(15)["k"], int)
+    assert schedule.stack_vars(shares, 300).changes(300) == [0, 70, 150]
+
+
 def test_a_count_and_a_fraction_are_distinct_values() -> None:
-    variables = schedule.stack_vars({"k": "0:1, 5:1.0"})
+    variables = schedule.stack_vars({"k": "0:1, 5:1.0"}, 40)
     assert len(variables.distinct(10)) == 2
     assert schedule.values_key(variables.at(0)) != schedule.values_key(variables.at(5))
 
 
 @pytest.mark.parametrize(
-    "value", ["", "5:1.0", "0:1.0, 0:0.5", "0:1.0, 9:0.5, 8:0.2", "0:x", "0", "0:nan", True, None, "-1:2"]
+    "value",
+    [
+        "",
+        "5:1.0",
+        "0:1.0, 0:0.5",
+        "0:1.0, 9:0.5, 8:0.2",
+        "0:x",
+        "0",
+        "0:nan",
+        True,
+        None,
+        "-1:2",
+        "0:1, 101%:2",
+        "0:1, %:2",
+    ],
 )
 def test_wrong_stack_vars(value: object) -> None:
     with pytest.raises(ConfigError, match=r"config\.stack_vars\.k"):
-        schedule.stack_vars({"k": value})
+        schedule.stack_vars({"k": value}, 40)
 
 
 def test_schedule_configs_are_frozen() -> None:

@@ -14,6 +14,21 @@ from tokenlab.core.errors import CostError, suggest
 
 
 @dataclasses.dataclass(frozen=True)
+class Peaks:
+    """What one device can do at best, by its datasheet or as measured.
+
+    Attributes:
+      name: of the device.
+      flops: FLOP/s of matrix products in the dtype at hand.
+      bandwidth: bytes/s between the device and its memory.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Hardware:
     """The peak figures of one chip, as its maker states them (GB = 1e9 bytes, GiB where the source says so).
 
@@ -21,6 +36,8 @@ class Hardware:
       name: common name.
       device_kinds: what `jax.Device.device_kind` says of it.
       bf16_flops: dense bfloat16 matrix FLOP/s (no structured sparsity).
+      float32_flops: FLOP/s of float32 matrix products at JAX's default precision: TF32 on NVIDIA; on TPU their inputs
+        are rounded to bfloat16, so it is the same peak.
       hbm_bytes: memory of the chip.
       hbm_bandwidth: bytes/s between the chip and that memory.
       source: where the figures are from.
@@ -29,28 +46,36 @@ class Hardware:
     name: str
     device_kinds: tuple[str, ...]
     bf16_flops: float
+    float32_flops: float
     hbm_bytes: float
     hbm_bandwidth: float
     source: str
 
+    def peaks(self, dtype: str) -> Peaks:
+        """The figures that bound a program in this compute dtype, "float32" or "bfloat16"."""
+        flops = {"bfloat16": self.bf16_flops, "float32": self.float32_flops}
+        if dtype not in flops:
+            raise CostError(f"{self.name}: got dtype {dtype!r}, expected one of {', '.join(flops)}.")
+        return Peaks(self.name, flops[dtype], self.hbm_bandwidth)
+
 
 _TPU = "Google Cloud TPU documentation, page "
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet (1758950)"
-_H100 = "NVIDIA H100 Tensor Core GPU datasheet (bfloat16 there with sparsity; half of it)"
-_H200 = "NVIDIA H200 Tensor Core GPU datasheet (bfloat16 there with sparsity; half of it)"
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet (bfloat16 and TF32 there with sparsity; half of it)"
+_H200 = "NVIDIA H200 Tensor Core GPU datasheet (bfloat16 and TF32 there with sparsity; half of it)"
 
 HARDWARE = (
-    Hardware("TPU v4", ("TPU v4",), 275e12, 32 * 2**30, 1200e9, _TPU + "v4"),
-    Hardware("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 819e9, _TPU + "v5e"),
-    Hardware("TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 95e9, 2765e9, _TPU + "v5p"),
-    Hardware("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, _TPU + "v6e"),
-    Hardware("A100 SXM 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 40e9, 1555e9, _A100),
-    Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 40e9, 1555e9, _A100),
-    Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, _A100),
-    Hardware("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312e12, 80e9, 1935e9, _A100),
-    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 80e9, 3350e9, _H100),
-    Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756.5e12, 80e9, 2000e9, _H100),
-    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 141e9, 4800e9, _H200),
+    Hardware("TPU v4", ("TPU v4",), 275e12, 275e12, 32 * 2**30, 1200e9, _TPU + "v4"),
+    Hardware("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16e9, 819e9, _TPU + "v5e"),
+    Hardware("TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95e9, 2765e9, _TPU + "v5p"),
+    Hardware("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32e9, 1638e9, _TPU + "v6e"),
+    Hardware("A100 SXM 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 156e12, 40e9, 1555e9, _A100),
+    Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 156e12, 40e9, 1555e9, _A100),
+    Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, 80e9, 2039e9, _A100),
+    Hardware("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80e9, 1935e9, _A100),
+    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 494.7e12, 80e9, 3350e9, _H100),
+    Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756.5e12, 378e12, 80e9, 2000e9, _H100),
+    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 494.7e12, 141e9, 4800e9, _H200),
 )
 
 
@@ -104,3 +129,43 @@ def measure_matmul_flops(dtype: str = "float32", size: int = 1024, repeats: int 
         multiply(left, right).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(seconds)
+
+
+def measure_memory_bandwidth(size: int = 2**28, repeats: int = 10) -> float:
+    """The bytes/s that one pass over an array in place reaches on the default device: the median of timed repeats.
+
+    The pass reads and writes every element, so it moves twice its size. Take a size well beyond the caches.
+
+    Args:
+      size: bytes of the array, at least 4.
+      repeats: timed passes after one that warms up, at least 1.
+
+    Raises:
+      CostError: a size below 4 or a number of repeats below 1.
+    """
+    if size < 4 or repeats < 1:
+        raise CostError(
+            f"measure_memory_bandwidth: got size {size} and repeats {repeats}, expected at least 4 and 1."
+        )
+    negate = jax.jit(jnp.negative, donate_argnums=0)
+    values = negate(jnp.ones(size // 4, jnp.float32)).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        values = negate(values).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * values.nbytes / statistics.median(seconds)
+
+
+def measure_peaks(dtype: str = "float32") -> Peaks:
+    """What the default device reaches: `measure_matmul_flops` and `measure_memory_bandwidth` at sizes that fit it.
+
+    On a CPU the matrices have 1,024 rows and the array 256 MiB; on an accelerator 8,192 and 2 GiB.
+
+    Raises:
+      CostError: a dtype that is not floating.
+    """
+    device = jax.devices()[0]
+    rows, size = (1024, 2**28) if device.platform == "cpu" else (8192, 2**31)
+    flops = measure_matmul_flops(dtype, rows)
+    return Peaks(f"{device.device_kind}, measured", flops, measure_memory_bandwidth(size))

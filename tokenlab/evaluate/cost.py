@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ml_collections.config_dict import ConfigDict
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from tokenlab import data, models, tasks
 from tokenlab.core.config import to_dataclass
 from tokenlab.cost import CostTable
+from tokenlab.evaluate.roofline import Rooflines, peaks_of
 from tokenlab.train import schedule
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.costs import cost_table
@@ -25,39 +27,57 @@ class CostReport:
       table: of the stack, per example.
       dense: of `block*L`, the dense stack of as many blocks.
       title: one line: the stack, and of what.
+      rooflines: of the stack on the chip that was asked for, or None.
     """
 
     table: CostTable
     dense: CostTable
     title: str
+    rooflines: Rooflines | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Rows, total, the dense total and what each group costs of the dense one's; FLOPs and bytes are integers."""
-        return {"title": self.title, **self.table.to_json(self.dense)}
+        found = {"title": self.title, **self.table.to_json(self.dense)}
+        return found if self.rooflines is None else {**found, "roofline": self.rooflines.to_json()}
 
-    def to_rich(self, width: int | None = None) -> Table:
-        """For a terminal of `width` columns, see `CostTable.to_rich`."""
-        return self.table.to_rich(self.dense, title=self.title, width=width)
+    def to_rich(self, width: int | None = None) -> RenderableType:
+        """For a terminal of `width` columns, see `CostTable.to_rich`; the roofline below."""
+        table = self.table.to_rich(self.dense, title=self.title, width=width)
+        return table if self.rooflines is None else Group(table, Text(self.rooflines.text))
 
     def to_markdown(self) -> str:
         """In Markdown."""
-        return f"{self.title}\n\n{self.table.to_markdown(self.dense)}"
+        below = "" if self.rooflines is None else f"\n```text\n{self.rooflines.text}\n```\n"
+        return f"{self.title}\n\n{self.table.to_markdown(self.dense)}{below}"
 
 
-def cost_report(config: Mapping[str, Any] | ConfigDict | TrainConfig) -> CostReport:
+def cost_report(
+    config: Mapping[str, Any] | ConfigDict | TrainConfig, *, chip: str | None = None
+) -> CostReport:
     """What a configuration costs per example, forward and in training, layer by layer; nothing is trained.
 
     Numbers in the stack that change during training (`config.stack_vars` schedules) count as in the last step.
 
+    Args:
+      config: of a run.
+      chip: whose roofline is wanted for a batch of `config.batch_size`, see `roofline.peaks_of`; None for none.
+
     Raises:
       ConfigError, StackError, NameLookupError, ShapeError, DataError: what is wrong with the configuration.
-      CostError: the model holds an operation of unknown cost.
+      CostError: the model holds an operation of unknown cost, or no datasheet of the chip is known.
     """
     config = to_dataclass(TrainConfig, config)
+    dtype = config.model.get("dtype", "float32")
+    peaks = None if chip is None else peaks_of(chip, dtype)
     task, source = tasks.build(config.task), data.build(config.data)
     facts = {"spec": source.spec, "num_outputs": task.num_outputs(source)}
-    values = schedule.stack_vars(config.stack_vars).at(config.steps - 1)
+    values = schedule.stack_vars(config.stack_vars, config.steps).at(config.steps - 1)
     model = models.build(config.model, stack_vars=values, **facts)
     dense = models.build(config.model, stack=f"block*{model.program.depth}", **facts)
     title = f"{model.stack_text}: cost of one example of {source.name}, beside {dense.stack_text}"
-    return CostReport(cost_table(model, task, source.spec), cost_table(dense, task, source.spec), title)
+    rooflines = None
+    if peaks is not None:
+        batch = cost_table(model, task, source.spec, config.batch_size)
+        rooflines = Rooflines(batch, config.batch_size, peaks, dtype)
+    tables = cost_table(model, task, source.spec), cost_table(dense, task, source.spec)
+    return CostReport(*tables, title, rooflines)

@@ -62,7 +62,7 @@ class Settings:
         Raises:
           StackError: a stack is not of the grammar.
         """
-        values = schedule.stack_vars(self.config.stack_vars).at(max(step - 1, 0))
+        values = schedule.stack_vars(self.config.stack_vars, self.config.steps).at(max(step - 1, 0))
         used = [frozenset() if stack is None else parse(stack, values).used for stack in self.stacks]
         unused = self.overridden.difference(*used)
         return [{name: value for name, value in values.items() if name in names | unused} for names in used]

@@ -37,8 +37,8 @@ def batch_shapes(spec: Spec, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in keys.items()}
 
 
-def forward_cost(model: Any, task: Any, spec: Spec) -> Cost:
-    """Counted cost of the forward pass of one example, up to the loss.
+def forward_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> Cost:
+    """Counted cost of the forward pass of one example, or of a batch of so many, up to the loss.
 
     Args:
       model: from `models.build`; its stack counts as it stands, with or without `train_only` items.
@@ -49,26 +49,25 @@ def forward_cost(model: Any, task: Any, spec: Spec) -> Cost:
     def loss(params: Any, batch: Any, key: Array) -> Array:
         return task.loss(_Unrolled(model), params, batch, rng=key, train=False)[0]
 
-    return count(loss, model.abstract_state(), batch_shapes(spec, 1), _key())
+    return count(loss, model.abstract_state(), batch_shapes(spec, batch_size), _key())
 
 
-def train_cost(model: Any, task: Any, spec: Spec) -> Cost:
-    """Counted cost of loss and gradients of one example, without the optimizer. Arguments as `forward_cost`."""
+def train_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> Cost:
+    """Counted cost of loss and gradients, without the optimizer. Arguments as `forward_cost`."""
     function = partial(loss_and_gradients, _Unrolled(model), task)
-    return count(function, model.abstract_state(), batch_shapes(spec, 1), _key())
+    return count(function, model.abstract_state(), batch_shapes(spec, batch_size), _key())
 
 
-def cost_table(model: Any, task: Any, spec: Spec) -> CostTable:
-    """Tokens, parameters and counted FLOPs of one example, forward and in training, a row a layer.
+def cost_table(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> CostTable:
+    """Tokens, parameters and counted FLOPs of one example (or of a batch), forward and in training, a row a layer.
 
     Arguments as `forward_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
     they are those its body sees. Rows are in the order of execution, "embed" first and "head" last.
     """
     steps = model.program.flat()
     kinds = (*KINDS, *sorted({s.block.ffn_name for s in steps if isinstance(s, BlockStep)} - set(KINDS)))
-    return CostTable.from_costs(
-        forward_cost(model, task, spec), train_cost(model, task, spec), rows=_rows(model, steps), kinds=kinds
-    )
+    costs = forward_cost(model, task, spec, batch_size), train_cost(model, task, spec, batch_size)
+    return CostTable.from_costs(*costs, rows=_rows(model, steps), kinds=kinds)
 
 
 def _rows(model: Any, steps: list[BlockStep | ItemStep]) -> list[RowInfo]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -31,6 +32,32 @@ from tokenlab.train.optimizer import Optimizer
 from tokenlab.train.state import TrainState
 
 TRAIN_SPLIT = "train"
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledStep:
+    """A train step as an executable.
+
+    Attributes:
+        run: (state, batch) -> (state, report); the state that goes in is donated.
+        flops: counted model FLOPs of one step.
+        seconds: it took to compile.
+        peak_bytes: memory on each device that it needs at once, as the compiler plans it; None where it does not say.
+    """
+
+    run: Callable[..., tuple[TrainState, step.Report]]
+    flops: int
+    seconds: float
+    peak_bytes: int | None
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Arguments, results and temporary memory of a program on one device, in bytes, counting donated ones once."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+    return int(sum(sizes) - found.alias_size_in_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +90,12 @@ class Experiment:
     _eval_models: dict[str, Any] = field(default_factory=dict, repr=False)
     _evaluators: dict[Any, Evaluator] = field(default_factory=dict, repr=False)
     _steps: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _compiled: dict[str, CompiledStep] = field(default_factory=dict, repr=False)
+
+    def with_seed(self, seed: int) -> Experiment:
+        """The same run from another seed. The two share what they compile: nothing compiled depends on the seed."""
+        config = dataclasses.replace(self.config, seed=seed)
+        return dataclasses.replace(self, config=config, stream=_stream(config, self.source), skipped=set())
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -98,7 +131,7 @@ class Experiment:
     @cached_property
     def abstract_state(self) -> TrainState:
         """The train state as ShapeDtypeStructs that carry their shardings."""
-        shapes = jax.eval_shape(self._create)
+        shapes = jax.eval_shape(self._create, jax.ShapeDtypeStruct((), np.uint32))
         places = state.shardings(shapes, self.model, self.mesh)
         return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
@@ -122,8 +155,8 @@ class Experiment:
 
     # ------------------------------------------------------------------------------------------ functions
 
-    def _create(self) -> TrainState:
-        return state.create(self.model, self.optimizer, self.metric_names, self.config.seed)
+    def _create(self, seed: Array) -> TrainState:
+        return state.create(self.model, self.optimizer, self.metric_names, seed)
 
     def init(self, loaded: Mapping[str, np.ndarray] | None = None) -> TrainState:
         """The state before the first step, made where it lives.
@@ -131,7 +164,8 @@ class Experiment:
         Args:
             loaded: parameters by path that replace the initialised ones; see `initialize.load`.
         """
-        fresh = jax.jit(self._create, out_shardings=self.state_shardings)()
+        create = self._steps.setdefault("init", jax.jit(self._create, out_shardings=self.state_shardings))
+        fresh = create(place({"seed": np.uint32(self.config.seed)}, self.replicated)["seed"])
         if not loaded:
             return fresh
         params = initialize.merge(fresh.params, loaded)
@@ -167,16 +201,31 @@ class Experiment:
 
     def train_step(self, at: int) -> Callable[..., tuple[TrainState, step.Report]]:
         """The compiled step for step `at`; one for each set of numbers in the stack."""
-        key = self.values(at)
-        if key not in self._steps:
-            self._steps[key] = step.make_train_step(
-                self.models[key],
+        name = f"train {self.values(at)}"
+        if name not in self._steps:
+            self._steps[name] = step.make_train_step(
+                self.models[self.values(at)],
                 self.task,
                 self.optimizer,
                 shardings=self.state_shardings,
                 batch_sharding=self.batch_sharding,
             )
-        return self._steps[key]
+        return self._steps[name]
+
+    def is_compiled(self, at: int) -> bool:
+        """Whether `compiled_step` has its answer already."""
+        return self.values(at) in self._compiled
+
+    def compiled_step(self, at: int, state: TrainState, batch: Mapping[str, Array]) -> CompiledStep:
+        """The step for step `at` as an executable, compiled when it is first asked for, and what is known of it."""
+        key = self.values(at)
+        if key not in self._compiled:
+            started = time.perf_counter()
+            with jax.set_mesh(self.mesh):
+                run = self.train_step(at).lower(state, batch).compile()
+            seconds = time.perf_counter() - started
+            self._compiled[key] = CompiledStep(run, self.step_cost(at).model_flops, seconds, peak_bytes(run))
+        return self._compiled[key]
 
     def evaluate(self, params: Any, split: str, at: int) -> dict[str, float]:
         """Metrics over a whole split, each example counted once.
@@ -224,8 +273,14 @@ class Experiment:
         return self.config.batch_size * self.model.tokens_per_example
 
 
-def build(config: Mapping[str, Any] | ConfigDict | TrainConfig) -> Experiment:
+def build(
+    config: Mapping[str, Any] | ConfigDict | TrainConfig, *, source: data.Dataset | None = None
+) -> Experiment:
     """Checks a configuration as far as it can be checked and makes the run's parts.
+
+    Args:
+        config: the run.
+        source: what `config.data` describes, where that has been built already; None builds it.
 
     Raises:
         TokenLabError: the first thing that is wrong, in one line; nothing was written anywhere.
@@ -233,17 +288,10 @@ def build(config: Mapping[str, Any] | ConfigDict | TrainConfig) -> Experiment:
     config = to_dataclass(TrainConfig, config)
     task = tasks.build(config.task)
     optimizer = optimizers.build(config.optimizer, config.steps)
-    variables = schedule.stack_vars(config.stack_vars)
+    variables = schedule.stack_vars(config.stack_vars, config.steps)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
-    source = data.build(config.data)
-    stream = data.TrainStream(
-        source,
-        TRAIN_SPLIT,
-        config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    source = data.build(config.data) if source is None else source
+    stream = _stream(config, source)
     for split in (config.eval.split, config.eval.final_split):
         if split is not None:
             data.num_eval_batches(source, split, config.eval.batch_size)
@@ -259,6 +307,17 @@ def build(config: Mapping[str, Any] | ConfigDict | TrainConfig) -> Experiment:
         _check_eval_model(experiment.eval_model(start + 1), experiment.model)
     _ = experiment.abstract_state  # a leaf without a sharding rule is said here
     return experiment
+
+
+def _stream(config: TrainConfig, source: data.Dataset) -> data.TrainStream:
+    return data.TrainStream(
+        source,
+        TRAIN_SPLIT,
+        config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def _model(config: TrainConfig, task: Any, source: data.Source, values: Mapping[str, int | float]) -> Any:

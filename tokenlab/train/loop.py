@@ -29,6 +29,7 @@ from tokenlab.train.checkpoint import Checkpoints
 from tokenlab.train.evaluation import means
 from tokenlab.train.experiment import TRAIN_SPLIT, Experiment
 from tokenlab.train.interrupt import Interrupt
+from tokenlab.train.profile import Profiler, window
 from tokenlab.train.progress import Progress
 from tokenlab.train.records import Workdir
 from tokenlab.train.state import TrainState, check_health, evaluation_params
@@ -40,13 +41,21 @@ AHEAD = 4
 and that a signal is answered soon."""
 
 
-def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    experiment: experiments.Experiment | None = None,
+    profile: bool = False,
+) -> dict[str, Any]:
     """Trains what `config` describes, or goes on with it where `workdir` holds a part of that run.
 
     Args:
         config: see `tokenlab.train.config.TrainConfig`.
         workdir: folder of the run; made when missing. It then holds config.json, run.json, metrics.jsonl, TensorBoard
             events and checkpoints/.
+        experiment: built of `config` already, by one who trains it from several seeds; None builds it.
+        profile: trace a few steps into `workdir`/profile, see `tokenlab.train.profile`.
 
     Returns:
         "step", "flops", "tokens", "seconds" and "data_seconds" (of these, with no step to do for want of batches) of
@@ -59,7 +68,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         SystemExit: 143 after SIGTERM and 130 after SIGINT, when the state of the step under way has been saved.
     """
     begun = time.perf_counter()
-    experiment = experiments.build(config)
+    experiment = experiments.build(config) if experiment is None else experiment
+    if profile:
+        window(0, experiment.config.steps, experiment.stack_vars.changes(experiment.config.steps))
     loaded: Mapping[str, Any] = {}
     if not _has_checkpoint(Path(workdir)):
         loaded = initialize.load(experiment.config.init_from, experiment.model.abstract_state())
@@ -82,7 +93,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         interrupt = stack.enter_context(Interrupt())
         trainer = Trainer(experiment, folder, checkpoints, progress, interrupt, begun)
         trainer.start(loaded)
-        return trainer.train()
+        traced = folder.path / "profile" if profile and jax.process_index() == 0 else None
+        return trainer.train(stack.enter_context(Profiler(traced, trainer.stopwatch.paused)))
 
 
 def _has_checkpoint(workdir: Path) -> bool:
@@ -128,8 +140,8 @@ class Trainer:
         self.stopwatch, self.waited = Stopwatch(), 0.0
         self._begun = begun
         self._skipped: dict[int, str] = {}
-        self._functions: dict[str, tuple[Callable[..., Any], int]] = {}
-        self._facts: dict[str, Any] = {"compile_seconds": {}, "train_flops_per_step": {}}
+        self._prepared: dict[str, experiments.CompiledStep] = {}
+        self._facts: dict[str, Any] = {"compile_seconds": {}, "train_flops_per_step": {}, "peak_bytes": {}}
         self._leaf_names = experiment.leaf_names()
 
     def start(self, loaded: Mapping[str, Any]) -> None:
@@ -161,10 +173,12 @@ class Trainer:
                 "give at least as many, or another workdir."
             )
 
-    def train(self) -> dict[str, Any]:
+    def train(self, profiler: Profiler) -> dict[str, Any]:
         """Runs the steps that are left; see `run` for what it returns and raises."""
         config, experiment = self.config, self.experiment
         changes = {self.step, *experiment.stack_vars.changes(config.steps)}
+        if self.step < config.steps:
+            profiler.plan(self.step, config.steps, changes)
         tokens = experiment.tokens_per_step
         in_flight: deque[jax.Array] = deque()
         guard = jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
@@ -172,11 +186,14 @@ class Trainer:
             for batch in self._waiting(batches, in_flight):
                 if self.step in changes:
                     train_step, flops = self._prepare(batch)
+                profiler.before(self.step, in_flight)
                 self.state, report = train_step(self.state, batch)
                 self.step += 1
                 self.flops += flops
                 self.tokens += tokens
                 in_flight.append(report.loss)
+                if note := profiler.after(self.step, train_step, in_flight):
+                    self.progress.note(note)
                 if len(in_flight) > AHEAD:
                     in_flight.popleft().block_until_ready()
                 stop = self.interrupt.requested(self.step)
@@ -218,21 +235,21 @@ class Trainer:
     def _prepare(self, batch: Mapping[str, jax.Array]) -> tuple[Callable[..., Any], int]:
         """The compiled step for the numbers in the stack from here on, and the model FLOPs of one such step."""
         key = self.experiment.values(self.step)
-        if key not in self._functions:
+        if key not in self._prepared:
             with self.stopwatch.paused():
-                flops = self.experiment.step_cost(self.step).model_flops
-                started = time.perf_counter()
-                with jax.set_mesh(self.experiment.mesh):
-                    compiled = self.experiment.train_step(self.step).lower(self.state, batch).compile()
-                now = time.perf_counter()
-                self._functions[key] = compiled, flops
-                self._facts["compile_seconds"][key] = now - started
-                self._facts["train_flops_per_step"][key] = flops
-                self._facts.setdefault("seconds_to_first_step", now - self._begun)
+                known = self.experiment.is_compiled(self.step)
+                found = self.experiment.compiled_step(self.step, self.state, batch)
+                self._prepared[key] = found
+                self._facts["compile_seconds"][key] = found.seconds
+                self._facts["train_flops_per_step"][key] = found.flops
+                self._facts["peak_bytes"][key] = found.peak_bytes
+                self._facts.setdefault("seconds_to_first_step", time.perf_counter() - self._begun)
                 self.folder.update_run(self._facts)
-            what = f"train step {len(self._functions)}{f' for {key}' if key else ''}"
-            self.progress.note(f"step {self.step}: compiled {what} in {now - started:.1f} s")
-        return self._functions[key]
+            what = f"train step {len(self._prepared)}{f' for {key}' if key else ''}"
+            how = "was compiled before" if known else f"compiled in {found.seconds:.1f} s"
+            self.progress.note(f"step {self.step}: {what} {how}")
+        found = self._prepared[key]
+        return found.run, found.flops
 
     def _is_due(self) -> bool:
         config, step = self.config, self.step

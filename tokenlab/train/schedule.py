@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import optax
 
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
 from tokenlab.train.config import ScheduleConfig
+
+_START = re.compile(r"(?P<step>\d+)|(?P<share>\d+(\.\d+)?)%")
 
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
 
@@ -155,19 +158,24 @@ def values_key(values: Mapping[str, int | float]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
 
 
-def stack_vars(config: Mapping[str, Any]) -> StackVars:
-    """Reads `config.stack_vars`: each value a number, or a schedule such as "0:1.0, 1000:0.5".
+def stack_vars(config: Mapping[str, Any], total: int) -> StackVars:
+    """Reads `config.stack_vars`: each value a number, or a schedule such as "0:1.0, 1000:0.5" or "0:1.0, 50%:0.5".
 
-    In a schedule each `step:value` holds from that step on; the first step is 0 and steps ascend. An int is a
-    count and a float a fraction, as in the stack itself.
+    In a schedule each `step:value` holds from that step on, `percentage:value` from that share of the run, rounded
+    as in `steps_of`; the first step is 0 and steps ascend. A value that is an int is a count and a float a fraction,
+    as in the stack itself.
+
+    Args:
+        config: name -> number or schedule.
+        total: steps of the run.
 
     Raises:
         ConfigError: a value that is neither, naming the entry.
     """
-    return StackVars(tuple((name, _pieces(name, value)) for name, value in config.items()))
+    return StackVars(tuple((name, _pieces(name, value, total)) for name, value in config.items()))
 
 
-def _pieces(name: str, value: Any) -> tuple[tuple[int, int | float], ...]:
+def _pieces(name: str, value: Any, total: int) -> tuple[tuple[int, int | float], ...]:
     where = f"config.stack_vars.{name} is {value!r}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return ((0, value),)
@@ -176,13 +184,34 @@ def _pieces(name: str, value: Any) -> tuple[tuple[int, int | float], ...]:
     pieces: list[tuple[int, int | float]] = []
     for part in value.split(","):
         start, colon, number = part.partition(":")
-        if not colon or not start.strip().isdecimal():
-            raise ConfigError(f'{where}: {part.strip()!r} is not "step:value", as in "0:1.0, 1000:0.5".')
-        pieces.append((int(start), _literal(number.strip(), where)))
+        found = _START.fullmatch(start.strip())
+        if not colon or not found or (found["share"] and float(found["share"]) > 100):
+            expected = '"step:value" or "percentage:value", as in "0:1.0, 50%:0.5"'
+            raise ConfigError(f"{where}: {part.strip()!r} is not {expected}.")
+        first = steps_of(float(found["share"]) / 100, total) if found["share"] else int(found["step"])
+        if found["share"] and pieces and pieces[-1][0] == first:
+            pieces.pop()  # the run is so short that the piece before has no step of its own
+        pieces.append((first, _literal(number.strip(), where)))
     starts = [start for start, _ in pieces]
     if starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
         raise ConfigError(f"{where}: its steps must begin at 0 and ascend, got {starts}.")
     return tuple(pieces)
+
+
+def in_shares(config: Mapping[str, Any], total: int) -> dict[str, Any]:
+    """`config.stack_vars` with every change at a share of the run instead of a step, so that it scales with the run.
+
+    Raises:
+        ConfigError: as `stack_vars`.
+    """
+    found = {}
+    for name, value in config.items():
+        pieces = _pieces(name, value, total)
+        text = ", ".join(
+            f"{100 * first / total:.9f}%:{number!r}" for first, number in pieces if first < total
+        )
+        found[name] = text if isinstance(value, str) else value
+    return found
 
 
 def _literal(text: str, where: str) -> int | float:

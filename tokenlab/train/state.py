@@ -75,14 +75,14 @@ def zero_metrics(names: tuple[str, ...]) -> Metrics:
     return {name: (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
 
 
-def create(model: Any, optimizer: Optimizer, metric_names: tuple[str, ...], seed: int) -> TrainState:
+def create(model: Any, optimizer: Optimizer, metric_names: tuple[str, ...], seed: int | Array) -> TrainState:
     """The state before the first step. Pure in `seed`; run it under `jax.jit` to make it sharded.
 
     Args:
         model: has `init(key) -> params`.
         optimizer: from `tokenlab.train.optimizer.build`.
         metric_names: names the train step will sum.
-        seed: 0 <= seed < 2**32, static.
+        seed: int in [0, 2**32), or u32 scalar; the same state either way.
     """
     init_key, step_key = jax.random.split(jax.random.key(seed, impl=KEY_IMPLEMENTATION))
     return wrap(model.init(init_key), optimizer, metric_names, jax.random.key_data(step_key))

@@ -59,3 +59,7 @@ class Keep(Item):
 
 
 item = Keep
+BENCHMARK = {
+    "after 2": "block*2 + keep(0.5, by=cls) + block*10",
+    "after 4": "block*4 + keep(0.5, by=cls) + block*8",
+}

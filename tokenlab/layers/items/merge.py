@@ -83,3 +83,4 @@ class Merge(Item):
 
 
 item = Merge
+BENCHMARK = {"8 a block": "block(between=merge(8))*12"}

@@ -63,3 +63,4 @@ class Skip(Item):
 
 
 item = Skip
+BENCHMARK = {"10 of 12": "block + skip(keep=0.5)(block)*10 + block"}

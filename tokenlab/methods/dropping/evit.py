@@ -106,3 +106,4 @@ def keep_rate(step: int, *, rate: float, start: int, end: int) -> float:
 
 
 item = EViT
+BENCHMARK = {"0.7 at 4, 7, 10": "block*3 + (block(between=evit(0.7)) + block*2)*3"}

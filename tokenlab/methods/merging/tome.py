@@ -32,3 +32,4 @@ class ToMe(Merge):
 
 
 item = ToMe
+BENCHMARK = {"8 a block": "block(between=tome(8))*12"}

@@ -1,0 +1,113 @@
+"""`tokenlab benchmark`, from the words to the table and the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.conftest import RECORDS
+from tokenlab import cli
+from tokenlab.bench import command
+from tokenlab.bench import suite as suites
+from tokenlab.bench.suite import Size
+from tokenlab.bench.table import to_markdown
+
+CONFIG = """
+from tokenlab.train import default_config
+
+def get_config():
+    c = default_config()
+    c.steps, c.batch_size = 8, 8
+    c.model.size = "nano/2"
+    c.model.execution = "unroll"
+    c.model.stack = "block + keep(k, train_only=True) + block"
+    c.stack_vars = {"k": "0:1.0, 5:0.5"}
+    return c
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """Stands in for the measurement; collects what it is asked for."""
+    calls = []
+
+    def measure(setting, dense, cases, **how):
+        calls.append({"setting": setting, "dense": dense, "cases": cases, **how})
+        return RECORDS
+
+    monkeypatch.setattr(command, "measure", measure)
+    return calls
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    status = cli.main(["benchmark", *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_configuration_beside_its_dense_twin(config, asked, capsys, tmp_path) -> None:
+    target = tmp_path / "b.json"
+    words = [f"--config={config}", "--batch=16", "--rounds=4", "--mode=train", f"--json={target}"]
+    assert run(capsys, *words, f"--profile={tmp_path / 'p'}")[0] == 0
+    (call,) = asked
+    assert (call["dense"].name, call["dense"].train) == ("dense", "block*2")
+    (case,) = call["cases"]
+    # As in the last step of training; at evaluation the item is not there.
+    assert (case.name, case.train) == ("mine", "block + keep(0.5, train_only=True) + block")
+    assert (
+        "keep" in case.inference
+        and call["setting"].build(case.inference, "inference", "scan").program.after == 17
+    )
+    assert call["setting"].batch_size == 16 and call["setting"].batch["image"].shape == (16, 8, 8, 1)
+    assert (call["modes"], call["rounds"], call["profiles"]) == (("train",), 4, tmp_path / "p")
+    assert json.loads(target.read_text()) == RECORDS
+
+
+def test_a_suite(asked, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(suites, "SIZES", {"cpu": Size({"size": "nano/112"}, batch=2, rounds=7)})
+    status, _, err = run(capsys, "--suite=core")
+    assert (status, err) == (0, "")
+    (call,) = asked
+    assert call["dense"] == suites.DENSE and call["cases"] == suites.cases("core")[0]
+    assert (call["setting"].batch_size, call["rounds"], call["modes"]) == (2, 7, ("train", "inference"))
+    monkeypatch.setattr(suites, "cases", lambda suite: ([], ["quiet"]))
+    assert "left out: quiet, which declares no BENCHMARK" in run(capsys, "--suite=core", "--rounds=3")[2]
+    assert asked[1]["rounds"] == 3
+
+
+def test_a_table_or_markdown(config, asked, capsys) -> None:
+    assert "scanned" in run(capsys, f"--config={config}")[1]
+    assert run(capsys, f"--config={config}", "--markdown")[1] == to_markdown(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "neither is given: expected --config=FILE or --suite=NAME"),
+        (["--config=CONFIG", "--suite=core"], "both are given"),
+        (["--suite=cor"], "Did you mean 'core'"),
+        (["--suite=core", "--size=cqu"], "there is no size 'cqu'. Did you mean 'cpu'"),
+        (["--config=CONFIG", "--size=cpu"], "--size is of a suite"),
+        (["--config=CONFIG", "--mode=trian"], "expected one of train, inference, both. Did you mean 'train'"),
+        (["--config=CONFIG", "--rounds=2"], "--rounds=2: expected a number of at least 3"),
+        (["--config=CONFIG", "--rounds=x"], "--rounds=x: expected a whole number"),
+        (["--config=CONFIG", "--batch=0"], "--batch=0: expected a number of at least 1"),
+        (["--config=CONFIG", "--batch=9"], "expected a multiple of 8"),
+        (["--config=CONFIG", "--json=/nowhere/b.json"], "cannot be written"),
+        (["--config=CONFIG", "--config.model.stack=blok*2+keep(k)"], "Did you mean 'block'"),
+        (["--suite=core", "--config.steps=3"], "give it with --config=FILE"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(words, message, config, asked, capsys) -> None:
+    status, _, err = run(capsys, *[word.replace("CONFIG", str(config)) for word in words])
+    assert status == 2 and message in err
+    assert asked == []

@@ -1,0 +1,71 @@
+"""The README's table is what the records say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.conftest import RECORDS
+from tokenlab.bench import readme
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = f"# A\n\n{readme.BEGIN}\nold\n{readme.END}\n\nb\n"
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    (tmp_path / "README.md").write_text(PAGE)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "cpu.json").write_text(json.dumps(RECORDS))
+    return tmp_path
+
+
+def test_the_readme_of_this_checkout_is_up_to_date() -> None:
+    assert readme.main(["--check"], ROOT) == 0
+
+
+def test_writing_and_checking(checkout, capsys) -> None:
+    assert readme.main(["--check"], checkout) == 1
+    assert (checkout / "README.md").read_text() == PAGE
+    assert readme.main([], checkout) == 0
+    text = (checkout / "README.md").read_text()
+    assert text.startswith("# A\n") and text.endswith("\n\nb\n") and "old" not in text
+    assert (
+        "| `block*4 + keep(0.5) + block*8` | scanned | 0.650 | 0.700 | 0.86 (0.80 to 0.91) | 61 % |" in text
+    )
+    assert readme.main(["--check"], checkout) == 0
+    (checkout / "benchmarks" / "gpu.json").write_text(json.dumps([{**RECORDS[1], "device": "another"}]))
+    assert readme.main(["--check"], checkout) == 1
+    assert "a chip" in readme.render(checkout / "benchmarks").partition("another")[0]  # by file name
+
+
+def test_without_records_it_says_how_to_make_them(checkout) -> None:
+    (checkout / "benchmarks" / "cpu.json").unlink()
+    assert readme.render(checkout / "benchmarks") == readme.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"stack"', "cannot read"),
+        ("{}", "holds no list of records"),
+        ("[]", "holds no list of records"),
+        ("[3]", "a record without flops_ratio, mode"),
+        (json.dumps([{k: v for k, v in RECORDS[0].items() if k != "mode"}]), "a record without mode"),
+    ],
+)
+def test_other_files_are_told_and_nothing_is_written(checkout, capsys, content, message) -> None:
+    (checkout / "benchmarks" / "odd.json").write_text(content)
+    assert readme.main([], checkout) == 2
+    error = capsys.readouterr().err
+    assert message in error and "odd.json" in error
+    assert (checkout / "README.md").read_text() == PAGE
+
+
+@pytest.mark.parametrize("page", ["", readme.BEGIN, f"{readme.END}\n{readme.BEGIN}", PAGE + PAGE])
+def test_marks_must_be_there_once(checkout, capsys, page) -> None:
+    (checkout / "README.md").write_text(page)
+    assert readme.main([], checkout) == 2
+    assert "once each" in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""`tokenlab compare`: train what is missing, collect what there is, write the report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections.config_dict import ConfigDict
+from rich.console import Console
+
+from tokenlab import evaluate, train
+from tokenlab.compare import report, results
+from tokenlab.compare.arms import Arm, resolve
+from tokenlab.compare.config import CompareConfig
+from tokenlab.core.config import to_dataclass
+from tokenlab.core.errors import ConfigError, DataError
+from tokenlab.evaluate import tokens_picture
+from tokenlab.layers.program import ItemStep
+from tokenlab.train.records import write_json
+
+RESULTS = "results.json"
+
+
+def run(
+    config: Mapping[str, Any] | ConfigDict,
+    workdir: str | Path,
+    *,
+    share: tuple[int, int] = (1, 1),
+    arms: Sequence[str] = (),
+    training: bool = True,
+    command: str = "tokenlab compare",
+) -> dict[str, Any]:
+    """Run a comparison, or go on with it, and write its report.
+
+    Args:
+      config: see `CompareConfig`.
+      workdir: of the comparison: plan.json, arms/NAME-HASH/seed_N (the workdir of a run each), results.json, report/.
+      share: (i, n): of all runs only each n-th is trained, beginning with the i-th; 1 <= i <= n.
+      arms: names of the arms to train; all when empty.
+      training: False trains nothing, and reports what there is.
+      command: that was given, for the report.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      TokenLabError: what is wrong, in one line. Whatever can be known before training is said before it.
+      SystemExit: a signal stopped a run, as in `train.run`; the same command goes on.
+    """
+    comparison = to_dataclass(CompareConfig, config)
+    folder = Path(workdir)
+    known = [arm["name"] for arm in comparison.arms]
+    for name in arms:
+        if name not in known:
+            raise ConfigError(f"--arm={name!r} is the name of no arm; expected one of {', '.join(known)}.")
+    _check_results(folder / RESULTS)
+    resolved = resolve(comparison, folder)
+    for arm in resolved:
+        _ = arm.experiment  # what is wrong with an arm is said before the first is trained
+    console = Console()
+    if training:
+        chosen = [arm for arm in resolved if not arms or arm.name in arms]
+        _train(chosen, comparison.seeds, folder, share, console)
+    found = results.collect(comparison, resolved, folder, command)
+    if comparison.pictures:
+        _draw(resolved, found, folder, comparison.pictures)
+    write_json(folder / RESULTS, found)
+    for path in (folder / RESULTS, *report.write(found, folder)):
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(report.markdown(found), markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def _train(
+    arms: Sequence[Arm], seeds: Sequence[int], folder: Path, share: tuple[int, int], console: Console
+) -> None:
+    """Train the runs that are not finished, arm by arm, so that the seeds of an arm share what is compiled."""
+    every = [(arm, seed) for arm in arms for seed in seeds]
+    mine = every[share[0] - 1 :: share[1]]
+    for number, (arm, seed) in enumerate(mine, 1):
+        where = folder / arm.folder / f"seed_{seed}"
+        title = f"{number}/{len(mine)}  {arm.name}, seed {seed}: {arm.steps} steps of {arm.experiment.model.stack_text}"
+        if results.finished(where, arm.steps):
+            console.print(f"{title}: is done", markup=False, highlight=False, soft_wrap=True)
+            continue
+        console.rule(title, align="left", characters="-")
+        train.run(arm.run_config(seed), where, experiment=arm.experiment.with_seed(seed))
+
+
+def _draw(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path, rows: int) -> None:
+    """For every arm that reduces tokens, a picture of what its first finished run keeps."""
+    for arm, entry in zip(arms, found["arms"], strict=True):
+        steps = arm.experiment.eval_model(arm.steps).program.flat()
+        reduces = any(isinstance(step, ItemStep) and step.active for step in steps)
+        if not reduces or not entry["runs"] or "image" not in arm.source.spec:
+            continue
+        path = folder / "pictures" / f"{Path(arm.folder).name}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trained = evaluate.load(folder / entry["runs"][0]["workdir"])
+            batch = tokens_picture.examples(arm.source, found["metric"]["split"], rows)
+            section = tokens_picture.section(
+                trained.model, trained.params, batch, title=trained.model.stack_text
+            )
+            if not section.columns:
+                continue
+            tokens_picture.save(path, batch, [section], arm.source.class_names)
+        entry["pictures"] = [str(path.relative_to(folder))]
+
+
+def _check_results(path: Path) -> None:
+    """A results file that this version did not write is not overwritten."""
+    if not path.exists():
+        return
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read {path}: {error}; move it away, and it is made anew from the runs beside it."
+        ) from error
+    if not isinstance(said, dict) or said.get("format") != results.FORMAT:
+        kind = said.get("format") if isinstance(said, dict) else None
+        raise DataError(
+            f"{path} is of format {kind!r}; expected {results.FORMAT}: give another --workdir, or move it away."
+        )
+
+
+def read_share(text: str | None) -> tuple[int, int]:
+    """ "2/4" as (2, 4); None as (1, 1). Raises ConfigError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--arms={text} is no share: expected I/N with I from 1 to N, such as 2/4.")
+    return int(found[1]), int(found[2])
+
+
+def spelled(flags: Mapping[str, str], overrides: Mapping[str, str]) -> str:
+    """The command line of a comparison, to be shown with its results."""
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    words += [f"--config.{key}={value}" for key, value in overrides.items()]
+    return " ".join(["tokenlab", "compare", *map(shlex.quote, words)])
