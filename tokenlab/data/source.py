@@ -94,6 +94,10 @@ class Records(Protocol):
         ...
 
 
+class FileError(DataError):
+    """A file that cannot be read at all: not the fault of one record, so no record is skipped for it."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """A data set: splits, what an example looks like, and a fingerprint of what it holds.

@@ -13,6 +13,7 @@ from tokenlab.evaluate import settings
 from tokenlab.models.state import fill, fit_state
 from tokenlab.train.initialize import evaluation_params
 from tokenlab.train.manifest import Which
+from tokenlab.train.records import read_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +80,11 @@ def load_each(
     if not (workdir / "checkpoints").is_dir():
         raise CheckpointError(f"{workdir} holds no checkpoints yet: train it first, or give another workdir.")
     params, meta = evaluation_params(workdir, checkpoint)
+    settings_of_model = _with_grid_of_training(config.model, read_run(workdir))
     found = []
     for stack, stack_vars in zip(chosen.stacks, chosen.stack_vars(meta["step"]), strict=True):
         model = models.build(
-            config.model,
+            settings_of_model,
             spec=source.spec,
             num_outputs=task.num_outputs(source),
             stack=stack,
@@ -93,3 +95,10 @@ def load_each(
         leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {workdir}")
         found.append(Trained(config, model, fill(wanted, leaves), task, source, meta["step"], tuple(notes)))
     return tuple(found)
+
+
+def _with_grid_of_training(model: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's settings with its positions made for the images it was trained on, also where others are evaluated."""
+    if model.get("position_grid") is not None or "position_grid" not in model or not run.get("grid"):
+        return model
+    return {**model, "position_grid": tuple(run["grid"])}
