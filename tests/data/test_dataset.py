@@ -274,5 +274,7 @@ class TestMixtures:
         class Light(Mixed):
             weights = (1.0, 1e-5)
 
-        with pytest.raises(DataError, match="part 1 of a mixture has weight 1e-05 of 1"):
+        with pytest.raises(
+            DataError, match="part 1 of a mixture has weight 1e-05, the largest weight is 1.0"
+        ):
             TrainStream(Light(), "train", 4, seed=0)

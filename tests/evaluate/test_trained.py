@@ -210,7 +210,5 @@ def test_images_of_another_size_than_those_of_training(trained: Any, tmp_path: P
     assert found.params["embed"]["position"].shape == (16, 16)
     result = evaluate.measure(found, "test")
     assert result["tokens_per_example"] == 37 and result["examples"] == 360
-    other = load(
-        workdir, {"data.eval_transform": "resize(12)", "model.position_grid": "(2, 8)"}
-    )
+    other = load(workdir, {"data.eval_transform": "resize(12)", "model.position_grid": "(2, 8)"})
     assert other.model.settings.position_grid == (2, 8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenlab import data, models, tasks
-from tokenlab.core.errors import CheckpointError, ConfigError
+from tokenlab.core.errors import CheckpointError, ConfigError, TokenLabError
 from tokenlab.evaluate import settings
 from tokenlab.models.state import fill, fit_state
 from tokenlab.train.initialize import evaluation_params
@@ -83,16 +83,21 @@ def load_each(
     settings_of_model = _with_grid_of_training(config.model, read_run(workdir))
     found = []
     for stack, stack_vars in zip(chosen.stacks, chosen.stack_vars(meta["step"]), strict=True):
-        model = models.build(
-            settings_of_model,
-            spec=source.spec,
-            num_outputs=task.num_outputs(source),
-            stack=stack,
-            stack_vars=stack_vars,
-            train=False,
-        )
-        wanted = model.abstract_state()
-        leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {workdir}")
+        try:
+            model = models.build(
+                settings_of_model,
+                spec=source.spec,
+                num_outputs=task.num_outputs(source),
+                stack=stack,
+                stack_vars=stack_vars,
+                train=False,
+            )
+            wanted = model.abstract_state()
+            leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {workdir}")
+        except TokenLabError as error:
+            if len(chosen.stacks) == 1:
+                raise
+            raise type(error)(f"of {len(chosen.stacks)} stacks, {stack!r}: {error}") from error
         found.append(Trained(config, model, fill(wanted, leaves), task, source, meta["step"], tuple(notes)))
     return tuple(found)
 
