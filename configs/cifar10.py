@@ -19,11 +19,11 @@ STACKS = {"dense": "block*6", "keep": "block*2 + keep(0.5, by=cls) + block*4"}
 def get_config(stack: str = "dense") -> ConfigDict:
     """The run; `stack` is a name in STACKS or an expression."""
     config = default_config()
-    config.steps = 3000
+    config.steps = 5000
     config.batch_size = 128
     config.log_every = 100
-    config.eval_every = 500
-    config.checkpoint_every = 500
+    config.eval_every = 1000
+    config.checkpoint_every = 1000
 
     config.model.size = "toy/4"
     config.model.stack = STACKS.get(stack, stack)

@@ -19,7 +19,7 @@ STACKS = {"dense": "block*6", "keep": "block*2 + keep(0.5, by=cls) + block*4"}
 def get_config(stack: str = "dense") -> ConfigDict:
     """The run; `stack` is a name in STACKS or an expression."""
     config = default_config()
-    config.steps = 1500
+    config.steps = 2000
     config.batch_size = 64
     config.log_every = 50
     config.eval_every = 500

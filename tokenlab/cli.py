@@ -1,4 +1,4 @@
-"""The command line: `tokenlab train | evaluate | compare | benchmark | cost | data | list`.
+"""The command line: `tokenlab train | evaluate | compare | benchmark | cost | data | import | list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tokenlab.core import huge_pages, names
 from tokenlab.core.errors import ConfigError, NameLookupError, TokenLabError, suggest
+from tokenlab.core.files import check_writable
 
 PROGRAM = "tokenlab"
 PIPE_WIDTH = 160  # columns of a table that does not go to a terminal
@@ -61,7 +62,7 @@ class Command:
       summary: one line for the help.
       flags: value flags and switches.
       overrides: takes `--config.key=value`.
-      words: name of the arguments that are no flags, "" when it takes none.
+      words: the arguments that are no flags, as its usage shows them; "" when it takes none.
       hints: flag that it does not take -> what to do instead.
       more: further lines for its help.
     """
@@ -93,6 +94,7 @@ def evaluate(arguments: Arguments) -> None:
     if {"pictures", "no-pictures"} <= arguments.switches:
         raise ConfigError("evaluate: --pictures and --no-pictures contradict each other; give one of them.")
     target = _writable(arguments.values["json"])
+    checkpoint = _checkpoint(arguments.values["checkpoint"])
     from tokenlab.evaluate import run
 
     run(
@@ -100,6 +102,7 @@ def evaluate(arguments: Arguments) -> None:
         overrides=dict(arguments.overrides),
         split=arguments.values["split"],
         json=target,
+        checkpoint=checkpoint,
         pictures="all" if "pictures" in arguments.switches else "no-pictures" not in arguments.switches,
         per_class="per-class" in arguments.switches,
         probes=arguments.values["probe"],
@@ -294,6 +297,9 @@ COMMANDS: dict[str, Command] = {
         (
             Flag("workdir", "folder of a training run", "DIR", required=True),
             Flag("split", "split of the data", "NAME", default="test"),
+            Flag(
+                "checkpoint", "the newest, the best, or that of a step", "latest|best|STEP", default="latest"
+            ),
             _JSON,
             Flag("per-class", "also print precision, recall and F1 of each class"),
             Flag("probe", "learn from the train split's features: knn, linear or knn,linear", "NAMES"),
@@ -357,7 +363,7 @@ COMMANDS: dict[str, Command] = {
             Flag("png", "show: the contact sheet (default: NAME.png in this folder)", "FILE"),
             Flag("split", "show: split to count and draw (default: train, else the first)", "NAME"),
         ),
-        words="list | show NAME | prepare NAME",
+        words="(list | show NAME | prepare NAME)",
         more="NAME is a TFDS set in that folder, the folder of one, or a source that needs no files.",
     ),
     "import": Command(
@@ -375,7 +381,7 @@ COMMANDS: dict[str, Command] = {
     "list": Command(
         list_,
         "list stack items, methods, scores, models, tasks, data, optimizers and configs",
-        words="SECTION",
+        words="[SECTION ...]",
         more=f"Sections: {', '.join(SECTIONS)}; all by default.",
     ),
 }
@@ -498,8 +504,8 @@ def _unknown(name: str, command: Command, flag: str) -> str:
 
 def _writable(path: str | None) -> str | None:
     """Check before the work is done that its result can be written."""
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ConfigError(f"--json={path} cannot be written: expected a file in a folder that exists.")
+    if path is not None:
+        check_writable(path, "--json")
     return path
 
 
@@ -508,6 +514,14 @@ def _number(flag: str, text: str | None) -> int | None:
     if text is None or text.isdecimal():
         return None if text is None else int(text)
     raise ConfigError(f"{flag}={text}: expected a whole number.")
+
+
+def _checkpoint(text: str) -> int | str:
+    if text in ("latest", "best"):
+        return text
+    if text.isdecimal() and len(text) < 16:
+        return int(text)
+    raise ConfigError(f"--checkpoint={text}: expected latest, best, or a step such as 3000.")
 
 
 def _help() -> str:
@@ -528,7 +542,7 @@ def _help_of(name: str) -> str:
         usage.append("[--config.KEY=VALUE ...]")
         lines.append(f"  {'--config.KEY=VALUE':<22} replace a field of the configuration; any number of them")
     if command.words:
-        usage.append(f"[{command.words} ...]")
+        usage.append(command.words)
     about = f"{command.summary[0].upper()}{command.summary[1:]}."
     usage = textwrap.wrap(
         f"usage: {' '.join(usage)}", HELP_WIDTH, subsequent_indent="       ", break_on_hyphens=False

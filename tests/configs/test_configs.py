@@ -8,11 +8,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from tokenlab.compare import CompareConfig
 from tokenlab.core import config as configs
 from tokenlab.train import experiment
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(FOLDER.glob("**/*.py"))
+COMPARISONS = sorted(FOLDER.glob("compare/*.py"))
+FILES = sorted(set(FOLDER.glob("**/*.py")) - {*COMPARISONS})
 
 
 def test_there_are_configs() -> None:
@@ -30,7 +32,19 @@ def test_a_config_builds(file: Path) -> None:
     assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+def test_a_comparison_builds(file: Path) -> None:
+    config = configs.load(file)
+    comparison = configs.to_dataclass(CompareConfig, config)
+    if config.base.data.name == "tfds" and not os.environ.get("TFDS_DATA_DIR"):
+        pytest.skip("TFDS_DATA_DIR is not set: this comparison reads a prepared TFDS set")
+    for arm in comparison.arms:
+        changes = {key: value for key, value in arm.items() if key != "name"}
+        assert experiment.build(configs.override(config.base, changes)).step_cost(0).model_flops > 0
+    assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
+
+
+@pytest.mark.parametrize("file", [*FILES, *COMPARISONS], ids=lambda file: file.stem)
 def test_a_config_says_what_it_is_and_how_to_run_it(file: Path) -> None:
     text = file.read_text()
     assert f"--config=configs/{file.relative_to(FOLDER)}" in text.split('"""')[1]

@@ -104,7 +104,7 @@ class TestEvaluate:
         assert run(capsys, *words, f"--json={tmp_path / 'r.json'}")[0] == 0
         assert run(capsys, "evaluate", "--workdir", tmp_path, "--no-pictures")[0] == 0
         more = ("--pictures", "--per-class", "--probe=knn,linear")
-        assert run(capsys, "evaluate", "--workdir", tmp_path, *more)[0] == 0
+        assert run(capsys, "evaluate", "--workdir", tmp_path, *more, "--checkpoint=30")[0] == 0
         rest = {"overrides": {}, "split": "test", "json": None}
         assert calls == [
             (
@@ -113,13 +113,20 @@ class TestEvaluate:
                     "overrides": {"model.stack": "block*2 + keep(0.5)"},
                     "split": "validation",
                     "json": str(tmp_path / "r.json"),
+                    "checkpoint": "latest",
                     "pictures": True,
                     "per_class": False,
                     "probes": None,
                 },
             ),
-            ((str(tmp_path),), {**rest, "pictures": False, "per_class": False, "probes": None}),
-            ((str(tmp_path),), {**rest, "pictures": "all", "per_class": True, "probes": "knn,linear"}),
+            (
+                (str(tmp_path),),
+                {**rest, "checkpoint": "latest", "pictures": False, "per_class": False, "probes": None},
+            ),
+            (
+                (str(tmp_path),),
+                {**rest, "checkpoint": 30, "pictures": "all", "per_class": True, "probes": "knn,linear"},
+            ),
         ]
 
     @pytest.mark.parametrize(
@@ -134,6 +141,12 @@ class TestEvaluate:
                 ["--json=/no/such/folder/x.json"],
                 "--json=/no/such/folder/x.json cannot be written: expected a file in",
             ),
+            (
+                ["--json=/proc/x.json"],
+                "--json=/proc/x.json cannot be written: expected a file in a folder that",
+            ),
+            (["--checkpoint=lates"], "--checkpoint=lates: expected latest, best, or a step such as 3000."),
+            (["--checkpoint=-3"], "--checkpoint=-3: expected latest, best, or a step"),
         ],
     )
     def test_mistakes(self, tmp_path, package, capsys, words, message):
@@ -303,6 +316,18 @@ class TestHelp:
             assert f"--{flag.name}" in out
             assert flag.help in out
         assert all(len(line) <= 120 for line in out.splitlines())
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("import", " FILE.safetensors"),
+            ("data", " (list | show NAME | prepare NAME)"),
+            ("list", " [SECTION ...]"),
+        ],
+    )
+    def test_words_are_shown_as_many_as_they_are(self, capsys, name, words):
+        usage = run(capsys, name, "--help")[1].partition("\n\n")[0]
+        assert " ".join(usage.split()).endswith(words)
 
     def test_version(self, capsys):
         assert run(capsys, "--version") == (0, f"tokenlab {__version__}\n", "")

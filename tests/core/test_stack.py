@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,3 +127,11 @@ def test_any_text_is_read_or_refused(text):
     except StackError:
         return
     assert parse(str(stack)).root == stack.root
+
+
+def test_python_is_not_heard() -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(StackError):
+            parse("keep(1or 2)")
+    assert not heard

@@ -24,7 +24,16 @@ def test_by_name_from_dict_and_config_dict() -> None:
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"name": "digit"}, NameLookupError, "Did you mean 'digits'?"),
+        (
+            {"name": "digit"},
+            NameLookupError,
+            "^config.data.name is 'digit'; expected the name of a source. Did you mean 'digits'?",
+        ),
+        (
+            {"name": 3},
+            NameLookupError,
+            "^config.data.name is 3; expected the name of a source. Known: arrays,",
+        ),
         (
             {"name": "digits", "transfrom": "x"},
             ConfigError,

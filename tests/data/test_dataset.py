@@ -10,7 +10,7 @@ from tokenlab.core.errors import DataError
 from tokenlab.data import TrainStream, eval_batches
 from tokenlab.data.dataset import Dataset
 from tokenlab.data.draws import Purpose, uniform
-from tokenlab.data.source import ArraySource, DataConfig
+from tokenlab.data.source import ArraySource, DataConfig, FileError
 
 FIXED = (12, 10, 3)
 AUGMENT = "decode|random_resized_crop(8)|flip_lr|randaugment(2, 5)|value_range(-1, 1)"
@@ -148,12 +148,37 @@ class TestCorruptRecords:
         batch = stream.batch(0)
         assert stream.indices(0)[batch["mask"] == 0].tolist() == [4]
 
-    def test_a_batch_of_nothing_stops(self) -> None:
-        source = PictureSource(corrupt=tuple(range(8, 16)))
+    @pytest.mark.parametrize("memory", [0, None])
+    def test_a_batch_of_nothing_stops_training_and_no_evaluation(self, memory: int | None) -> None:
+        source = PictureSource(corrupt=tuple(range(23)))
+        found = dataset(source, corrupt="skip", memory=memory)
+        stream = TrainStream(found, "train", 16, seed=0)
         with pytest.raises(
-            DataError, match="none of 8 records of a batch can be read; record 8: its 40 bytes"
+            DataError, match="none of 16 records of a batch can be read; source 'pictures', split"
         ):
-            list(eval_batches(dataset(source, corrupt="skip"), "test", 8))
+            stream.batch(0)
+        assert TrainStream(found, "train", 15, seed=0).batch(0)["mask"].sum() == 0  # may be chance
+        assert sum(batch["mask"].sum() for batch in eval_batches(found, "test", 8)) == 0
+
+    def test_what_is_kept_of_a_bad_record_does_not_grow(self) -> None:
+        """An exception that is kept and raised again would hold on to every batch it was raised from."""
+        found = dataset(PictureSource(corrupt=(4,)), corrupt="skip")
+        list(eval_batches(found, "test", 8))
+        kept = [value for value in found._kept("test")["image"] if not isinstance(value, np.ndarray)]
+        assert len(kept) == 1 and isinstance(kept[0], str)
+        assert not isinstance(kept[0], BaseException)
+
+    def test_a_file_that_cannot_be_read_is_no_record_to_skip(self) -> None:
+        source = PictureSource()
+
+        def gone(indices: np.ndarray) -> None:
+            raise FileError("file 'x' is gone")
+
+        records = source.split("test")
+        records.batch = gone
+        source.split = lambda name: records
+        with pytest.raises(FileError, match="^file 'x' is gone$"):
+            list(eval_batches(dataset(source, corrupt="skip", memory=0), "test", 8))
 
     def test_labels_out_of_range_are_never_skipped(self) -> None:
         source = PictureSource(classes=10)
@@ -249,5 +274,7 @@ class TestMixtures:
         class Light(Mixed):
             weights = (1.0, 1e-5)
 
-        with pytest.raises(DataError, match="part 1 of a mixture has weight 1e-05 of 1"):
+        with pytest.raises(
+            DataError, match="part 1 of a mixture has weight 1e-05, the largest weight is 1.0"
+        ):
             TrainStream(Light(), "train", 4, seed=0)

@@ -117,9 +117,34 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "Did you mean 'tiny'?" in error_of(capsys, "show", "tny")
     assert "has no split 'tran'. Did you mean 'train'?" in error_of(capsys, "show", "tiny", "--split=tran")
     assert "--png=no/a.png cannot be written" in error_of(capsys, "show", "tiny", "--png=no/a.png")
-    assert "record 4 is no picture that can be decoded" in error_of(capsys, "show", "torn")
+    assert "--png=/proc/a.png cannot be written" in error_of(capsys, "show", "tiny", "--png=/proc/a.png")
+    assert "split 'train': record 4: its 18 bytes are no picture" in error_of(capsys, "show", "torn")
     assert "record 4 (file" in error_of(capsys, "show", "worse")
     assert list(Path().iterdir()) == []
+
+
+def test_names_that_are_no_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("arrays", "folder", "tfds", "mixture"):
+        expected = (
+            f"'{name}' is a source with settings of its own, which `show` does not take; expected a TFDS set"
+        )
+        assert expected in error_of(capsys, "show", name)
+    assert "no prepared TFDS set 'dgits'" in (said := error_of(capsys, "show", "dgits"))
+    assert said.endswith("Did you mean 'digits'?\n")
+    for action in ("show", "prepare"):
+        assert "':3.0.1' has no name before its version; expected NAME:3.0.1" in error_of(
+            capsys, action, ":3.0.1"
+        )
+
+
+def test_a_picture_that_is_cut_off_is_not_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = cv2.imencode(".jpg", tiny_tfds.pictures(1, (64, 64, 3))[0])[1].tobytes()
+    source = SimpleNamespace(name="x", spec={"image": ((64, 64, 3), "encoded")})
+    assert show._picture(source, "train", 3, whole).shape == (64, 64, 3)
+    with pytest.raises(
+        DataError, match=r"source 'x', split 'train': record 3: its \d+ bytes are .* cut off\.$"
+    ):
+        show._picture(source, "train", 3, whole[:-40])
 
 
 def test_prepare_without_tensorflow(

@@ -58,7 +58,8 @@ def labels(found: Source, split: str) -> list[int]:
         ("train[:50%]", list(range(51))),  # 50.5 examples, rounded up
         ("train[50%:]", list(range(51, 101))),
         ("train[-25%:]", list(range(76, 101))),
-        ("train[99%:200]", [100]),
+        ("train[99%:101]", [100]),
+        ("train[-101:1]+train[-100%:1]", [0, 0]),
         (" train[ :2 ] + test[5:] + train[-1:]", [0, 1, 5, 6, 100]),
     ],
 )
@@ -111,7 +112,17 @@ def test_another_text_another_fingerprint() -> None:
     [
         ("trian", "no split 'trian'. Did you mean 'train'?"),
         ("train[:0]", "'train[:0]' holds no example; split 'train' of source 'toy' has 101"),
-        ("train[200:]", "holds no example"),
+        ("train[101:]", "holds no example"),
+        (
+            "train[:102]",
+            "'train[:102]' reaches beyond split 'train' of source 'toy', which has 101 examples; expected",
+        ),
+        ("train[200:]", "reaches beyond"),
+        ("train[-102:]", "expected a count of at most 101 or a percentage of at most 100%"),
+        ("train[:150%]", "reaches beyond split 'train'"),
+        ("test[-101%:]", "reaches beyond split 'test'"),
+        (f"train[:{'9' * 5000}]", "expected a split such as"),
+        ("train[:5]x", "expected a split such as"),
         ("train[50:40]", "holds no example"),
         ("train[1:2:3]", "config.data.splits.x is 'train[1:2:3]'; expected a split such as"),
         ("train[1.5%:]", "expected a split such as"),
@@ -124,3 +135,10 @@ def test_wrong_texts(text: str, message: str) -> None:
     with pytest.raises(DataError) as error:
         sliced(source(), {"x": text})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train-full", "train 2", "2024.train", "größe"])
+def test_splits_are_named_as_folders_are(name: str) -> None:
+    arrays = {"label": np.arange(10, dtype=np.int32)}
+    named = ArraySource("toy", {name: arrays}, None)
+    assert labels(sliced(named, {"x": f"{name}[:20%] + {name} [ -1 : ]"}), "x") == [0, 1, 9]

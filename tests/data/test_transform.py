@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tokenlab.data.operations import Resize, Rotate, Shift
 from tokenlab.data.transform import OPERATIONS, Transform, default, parse
 
 SPEC = {"image": ((8, 8, 1), "float32"), "label": ((), "int32")}
+PIXELS = {"image": ((8, 8, 1), "uint8"), "label": ((), "int32")}
 PHOTOS = {"image": ((None, None, 3), "encoded"), "label": ((), "int32")}
 
 
@@ -33,7 +36,7 @@ class TestParse:
             ("shift(1)|zzz", "  shift(1)|zzz\n           ^^^"),
             (
                 "shift",
-                "missing a required argument: 'pixels'; expected shift(pixels, fill=None)\n  shift\n  ^^^^^",
+                "missing a required argument: 'pixels'; expected shift(pixels, [fill])\n  shift\n  ^^^^^",
             ),
             ("shift()", "missing a required argument"),
             ("shift(1, 2, 3)", "too many positional arguments"),
@@ -57,11 +60,22 @@ class TestParse:
             ("shift(1)|" * 200, "characters; expected at most 1000"),
             ("shift(1)|rotäte(1)", "plain ASCII"),
             ("(" * 500, "not of the form"),
-            ("shift(-1)", "shift has pixels=-1; expected an int of at least 0\n  shift(-1)\n  ^^^^^^^^^"),
+            ("shift(-1)", "shift has pixels=-1; expected an int from 0 to 16384\n  shift(-1)\n  ^^^^^^^^^"),
             ("shift(0.5)", "expected an int"),
             ("rotate(181)", "degrees=181; expected an angle from 0 to 180"),
             ("scale(1)", "fraction=1; expected a number in [0, 1)"),
-            ("resize(0)", "rows=0; expected an int of at least 1"),
+            ("resize(0)", "rows=0; expected an int from 1 to 16384"),
+            ("resize(32, 0)", "resize has columns=0; expected an int from 1 to 16384"),
+            ("resize(32, 16385)", "resize has columns=16385; expected an int from 1 to 16384"),
+            ("resize_small(20000)", "resize_small has size=20000; expected an int from 1 to 16384"),
+            ("random_crop(8, pad=20000)", "random_crop has pad=20000; expected an int from 0 to 16384"),
+            (f"resize({'9' * 400})", "expected a finite number or a name\n  resize(999"),
+            ("resize(-1e400)", "expected a finite number"),
+            ("resize(1or 2)", "expected a finite number"),
+            ("resize()", "expected resize(rows, [columns])"),
+            ("randaugment(90000000, 9)", "count=90000000; expected an int from 0 to 100"),
+            ("value_range(-1e308, 1e308)", "low=-1e+308; expected a number from -1e+30 to 1e+30"),
+            ("value_range(0, 1e40)", "high=1e+40; expected a number from"),
             ("random_crop(8, pad=-1)", "pad=-1"),
             ("random_resized_crop(8, min_area=2)", "min_area=2; expected 0 < min_area <= max_area <= 1"),
             ("random_resized_crop(8, min_aspect=2)", "min_aspect=2"),
@@ -77,6 +91,13 @@ class TestParse:
             parse(text, key="config.data.transform")
         assert message in str(error.value) and str(error.value).startswith("config.data.transform")
 
+    def test_python_is_not_heard(self) -> None:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            with pytest.raises(DataError):
+                parse("resize(1or 2)")
+        assert not heard
+
 
 class TestWhatFits:
     @pytest.mark.parametrize(
@@ -84,7 +105,21 @@ class TestWhatFits:
         [
             ("shift(8)", SPEC, "pixels=8; expected an int from 0 to 7"),
             ("central_crop(9)", SPEC, "central_crop(9) does not fit images of [8, 8]"),
-            ("random_crop(9)", SPEC, "does not fit"),
+            ("random_crop(9)", SPEC, "random_crop(9) does not fit images of [8, 8]"),
+            ("random_crop(40, 2)", SPEC, "random_crop(40, pad=2) does not fit images of [8, 8]"),
+            ("random_crop(8, 9000)", SPEC, "makes images of 18008 x 18008 pixels; expected at most 16384"),
+            ("resize_small(9000)", {"image": ((1, 9, 3), "uint8")}, "makes images of 9000 x 81000 pixels"),
+            ("shift(1, 300)", PIXELS, "shift has fill=300; expected a number from 0 to 255 in uint8 images"),
+            (
+                "random_crop(8, 1, fill=-5)",
+                PIXELS,
+                "random_crop has fill=-5; expected a number from 0 to 255",
+            ),
+            ("rotate(9, fill=256)", PIXELS, "rotate has fill=256"),
+            ("scale(0.1, fill=-1)", PIXELS, "scale has fill=-1"),
+            ("scale(0.1, fill=1e39)", SPEC, "fill=1e+39; expected a number from -1e+30 to 1e+30 in float32"),
+            ("randaugment(2, 9)", {"image": ((8, 8, 2), "uint8")}, "(RGB); these have 2: leave it out"),
+            ("randaugment(2, 9)", {"image": ((8, 8), "uint8")}, "takes images [R, C, channels]"),
             ("decode", SPEC, "leave decode out"),
             ("value_range(-1, 1)", SPEC, "not float32[8, 8, 1]"),
             ("randaugment(2, 9)", SPEC, "put it after decode and before value_range"),

@@ -21,7 +21,9 @@ import jax
 import pytest
 
 from tokenlab import cli, models
+from tokenlab.compare import CompareConfig
 from tokenlab.core import config, names, stack
+from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import NameLookupError
 from tokenlab.cost import count
 
@@ -220,6 +222,9 @@ def test_commands_parse(page, added):
         if file := arguments.values.get("config"):
             here = added if (added / file.partition(":")[0]).exists() else ROOT
             changed = config.override(config.load(f"{here}/{file}"), arguments.overrides)
+            if name == "compare":
+                to_dataclass(CompareConfig, changed)
+                changed = changed.base
             stack.parse(changed.model.stack or "block", changed.stack_vars.to_dict())
         elif text := arguments.overrides.get("model.stack"):
             stack.parse(text)

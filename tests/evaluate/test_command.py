@@ -13,7 +13,7 @@ import pytest
 
 from tests.evaluate.conftest import copy
 from tokenlab import cli, evaluate
-from tokenlab.core.errors import ConfigError, NameLookupError, StackError
+from tokenlab.core.errors import ConfigError, NameLookupError, StackError, TokenLabError
 from tokenlab.evaluate import class_pictures, metrics, results, tables
 from tokenlab.evaluate.predictions import Predictions
 
@@ -109,6 +109,23 @@ def test_mistakes_are_told_before_any_work(
         evaluate.run(trained[0], **{"overrides": {}, **arguments})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stack", ["block*3", "block + skip(keep=0.5, by=learned)(block)", "block + keep(99) + block"]
+)
+def test_of_several_stacks_the_wrong_one_is_named(trained: Any, stack: str) -> None:
+    with pytest.raises(TokenLabError) as caught:
+        evaluate.load_each(trained[0], {"eval.stack": f"block*2; {stack}"})
+    assert str(caught.value).startswith(f"of 2 stacks, {stack!r}: ")
+    with pytest.raises(type(caught.value)) as alone:
+        evaluate.load_each(trained[0], {"eval.stack": stack})
+    assert str(caught.value).endswith(str(alone.value))
+
+
+def test_confused_classes_read_as_a_sentence() -> None:
+    result = {"most_confused": [{"label": 9, "predicted": 1, "count": 12}]}
+    assert tables.confused(result, None) == ["class 9 said to be 1: 12"]
 
 
 def test_several_stacks_where_one_is_wanted(trained: Any) -> None:

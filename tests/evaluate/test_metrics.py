@@ -16,9 +16,6 @@ SHARES = np.exp(LOGITS.astype(np.float64)) / np.exp(LOGITS.astype(np.float64)).s
 
 
 def test_against_scikit_learn() -> None:
-    for k in (1, 3, 5):
-        wanted = sklearn.metrics.top_k_accuracy_score(LABELS, LOGITS, k=k, labels=range(7))
-        assert metrics.top_k_accuracy(LOGITS, LABELS, k) == pytest.approx(wanted)
     wanted = sklearn.metrics.log_loss(LABELS, SHARES, labels=range(7))
     assert metrics.negative_log_likelihood(LOGITS, LABELS) == pytest.approx(wanted, rel=1e-12)
     assert metrics.brier_score(LOGITS, LABELS) == pytest.approx(
@@ -32,15 +29,6 @@ def test_against_scikit_learn() -> None:
     rows = metrics.per_class(found)[:6]
     for key, wanted in (("precision", precision), ("recall", recall), ("f1", f1), ("support", support)):
         np.testing.assert_allclose([row[key] for row in rows], wanted)
-
-
-def test_a_tie_counts_as_the_share_of_its_orders() -> None:
-    flat = np.zeros((2, 4), np.float32)
-    assert [metrics.top_k_accuracy(flat, np.array([0, 3]), k) for k in (1, 2, 4, 9)] == [0.25, 0.5, 1, 1]
-    logits = np.array([[3.0, 1.0, 1.0, 1.0, 0.0]])
-    found = [metrics.top_k_accuracy(logits, np.array([2]), k) for k in (1, 2, 3, 4)]
-    assert found == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert metrics.top_k_accuracy(logits, np.array([4]), 4) == 0
 
 
 def test_calibration_error_by_hand() -> None:
@@ -83,5 +71,3 @@ def test_what_does_not_fit_is_told() -> None:
         metrics.brier_score(LOGITS[:2], np.array([0, 7]))
     with pytest.raises(ShapeError, match="at least one example"):
         metrics.calibration(LOGITS[:0], LABELS[:0])
-    with pytest.raises(ShapeError, match="k >= 1"):
-        metrics.top_k_accuracy(LOGITS, LABELS, 0)

@@ -198,3 +198,17 @@ def test_pictures(trained: Any, tmp_path: Path) -> None:
     for name in ("report.png", "tokens.png"):
         (workdir / name).unlink()
     assert data.build({"name": "digits"}).splits["test"] == 360
+
+
+def test_images_of_another_size_than_those_of_training(trained: Any, tmp_path: Path) -> None:
+    """Positions stay those of the training grid and are resampled; the transform of training does not matter."""
+    changed = {"data.transform": "rotate(10)"}
+    workdir = copy(trained[0], tmp_path / "run", **changed)
+    found = load(workdir, {"data.eval_transform": "resize(12)"})
+    assert found.source.spec["image"][0] == (12, 12, 1)
+    assert found.model.grid == (6, 6) and found.model.settings.position_grid == (4, 4)
+    assert found.params["embed"]["position"].shape == (16, 16)
+    result = evaluate.measure(found, "test")
+    assert result["tokens_per_example"] == 37 and result["examples"] == 360
+    other = load(workdir, {"data.eval_transform": "resize(12)", "model.position_grid": "(2, 8)"})
+    assert other.model.settings.position_grid == (2, 8)

@@ -14,7 +14,7 @@ from tokenlab import cli, evaluate, interop, train
 from tokenlab.core.config import override
 from tokenlab.core.errors import CheckpointError, ConfigError, TokenLabError
 from tokenlab.interop import vit_weights
-from tokenlab.interop.workdir import description, model_settings
+from tokenlab.interop.workdir import description, load, model_settings
 from tokenlab.train.checkpoint import load_params
 from tokenlab.train.records import read_config, read_run
 
@@ -150,6 +150,21 @@ def test_a_description_beside_the_file_is_read(tmp_path):
     for wrong, message in (
         ({**about, "hidden_size": 48}, "hidden_size 48, but the weights .* are 32 wide"),
         ({**about, "hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'; expected one of gelu,"),
+        ({**about, "hidden_act": ["gelu"]}, r"config.json has hidden_act \['gelu'\]; expected the name of"),
+        ({**about, "hidden_size": "32"}, "config.json has hidden_size '32'; expected an int > 0"),
+        (
+            {**about, "num_attention_heads": "2"},
+            "config.json has num_attention_heads '2'; expected an int that divides",
+        ),
+        (
+            {**about, "num_attention_heads": 3},
+            "num_attention_heads 3; expected an int that divides hidden_size 32",
+        ),
+        ({**about, "num_attention_heads": True}, "num_attention_heads True; expected an int"),
+        (
+            {**about, "layer_norm_eps": "x"},
+            "config.json has layer_norm_eps 'x'; expected a number from 0 to 1",
+        ),
         ([], "cannot read .*config.json: .*; expected the JSON object"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(wrong))
@@ -260,6 +275,30 @@ def test_a_workdir_in_use(file, tmp_path):
     with pytest.raises(ConfigError, match="holds checkpoints already: give another workdir"):
         accepted(file, tmp_path / "run", **HEADS)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("float8_e4m3fn", "F8_E4M3"), ("bfloat16", None), ("float16", None)]
+)
+def test_dtypes_of_weights(digits, tmp_path, dtype, said):
+    path = tmp_path / "a.safetensors"
+    numbers = {name: value.astype(jnp.dtype(dtype)) for name, value in digits.items()}
+    header, body = {}, b""
+    for name, value in numbers.items():  # by hand, as safetensors writes no float8 of NumPy
+        kind = said or {"bfloat16": "BF16", "float16": "F16"}[dtype]
+        ends = [len(body), len(body) + value.nbytes]
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": ends}
+        body += value.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    if said is None:
+        found = load(path)
+        assert all(np.array_equal(found[name], value) for name, value in numbers.items())
+        return
+    with pytest.raises(
+        CheckpointError, match="holds weights as F8_E4M3; expected F64, F32, F16, BF16, .*float32"
+    ):
+        load(path)
 
 
 def test_files_that_cannot_be_read(file, config_file, tmp_path, capsys):

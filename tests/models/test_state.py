@@ -74,7 +74,12 @@ def test_fresh_leaves_are_not_taken() -> None:
             ["blocks/attention/", "has it as (2, ", "needs it as (3, ", "a stack with 2 blocks"],
         ),
         (LEARNED, f"({LEARNED})*1 + keep(2, by=learned)", (), ["items/keep/score", "1 such items", "not 2"]),
-        ("block*2", "block + block(ffn=swiglu)", (), ["blocks/", "parameter", "start it anew"]),
+        (
+            "block*2",
+            "block + block(ffn=swiglu)",
+            (),
+            ["blocks/", "parameter", "a stack with 2 blocks of this kind, as it was trained, not 1."],
+        ),
         ("block*2", "block*2", ("item/keep",), ["config.init_from.fresh has 'item/keep'", "no parameter"]),
         ("block*2", "block*2", ("blocks/attention_nrm",), ["Did you mean 'blocks/attention_norm'?"]),
     ],
@@ -91,6 +96,17 @@ def test_what_does_not_fit_is_told_in_one_line(
     assert fresh or "checkpoint 7" in message
 
 
+def test_only_a_run_that_starts_from_weights_is_told_to_start_parts_anew() -> None:
+    given = saved("block*2"), shapes("block + block(ffn=swiglu)")
+    with pytest.raises(
+        CheckpointError, match=r"start it anew in a run with config\.init_from\.fresh=\('blocks/"
+    ):
+        fit_state(*given, left_out=False)
+    with pytest.raises(CheckpointError) as caught:
+        fit_state(*given)
+    assert "init_from" not in str(caught.value)
+
+
 def test_other_widths_do_not_fit() -> None:
     with pytest.raises(CheckpointError, match=r"needs it as .*use a model that fits"):
         fit_state(saved("block*2"), shapes("block*2", width=32))
@@ -98,4 +114,4 @@ def test_other_widths_do_not_fit() -> None:
 
 def test_the_embedding_of_another_grid_does_not_fit() -> None:
     with pytest.raises(CheckpointError, match=r"embed/patch/kernel.*\('embed/patch',\)"):
-        fit_state(saved("block*2"), shapes("block*2", size="nano/4"))
+        fit_state(saved("block*2"), shapes("block*2", size="nano/4"), left_out=False)

@@ -76,5 +76,9 @@ def test_compiles_without_loops_and_keeps_dtypes(way: object) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ShapeError, match=r"expected \[B, H, W, C\]"):
         mix.mixup(jax.random.key(0), jnp.zeros((4, 8, 8)), 1.0)
+    with pytest.raises(
+        ShapeError, match="images are uint8; expected floats to mix: end config.data.transform with"
+    ):
+        mix.mixup(jax.random.key(0), numbered(2).astype(jnp.uint8), 1.0)
     with pytest.raises(TokenLabError, match="alpha is 0; expected a number above 0"):
         mix.cutmix(jax.random.key(0), numbered(2), 0)

@@ -101,9 +101,10 @@ def solve(name: str, spending: Spending, kind: str, amount: float) -> int:
         return steps
     if abs(spent - amount) > TOLERANCE * amount:
         least = spending(round(0.5 / TOLERANCE))
+        count = "1 step spends" if steps == 1 else f"{steps} steps spend"
         raise ConfigError(
-            f"arm {name!r} cannot spend the budget of {pretty(amount)} {unit}: {steps} "
-            f"{'step spends' if steps == 1 else 'steps spend'} {pretty(spent)}, more than {TOLERANCE:.0%} off; expected config.budget.amount of at least {pretty(least)} {unit}."
+            f"arm {name!r} cannot spend the budget of {pretty(amount)} {unit}: {count} {pretty(spent)}, more than "
+            f"{TOLERANCE:.0%} off; expected config.budget.amount of at least {pretty(least)} {unit}."
         )
     return steps
 

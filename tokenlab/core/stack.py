@@ -10,6 +10,7 @@ The text is parsed with `ast` and never evaluated. This module knows no layers: 
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias
@@ -104,6 +105,13 @@ def fail(text: str, span: Span, message: str) -> NoReturn:
     raise StackError(f"stack: {message}\n  {lead}{shown}\n  {mark}")
 
 
+def syntax_tree(text: str) -> ast.expr:
+    """The text as Python would read an expression; nothing of it is run. Raises what `ast.parse` does."""
+    with warnings.catch_warnings():  # Python warns of "1or 2", which is refused anyway
+        warnings.simplefilter("ignore")
+        return ast.parse(text, mode="eval").body
+
+
 def parse(text: str, variables: Mapping[str, int | float] | None = None) -> Stack:
     """Parse a stack expression.
 
@@ -129,7 +137,7 @@ def parse(text: str, variables: Mapping[str, int | float] | None = None) -> Stac
         if not character.isascii():
             fail(text, Span(column, column + 1), f"only ASCII is read here, got {character!r}.")
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = syntax_tree(text)
     except SyntaxError as error:
         column = (error.offset or 1) - 1
         end = (error.end_offset or 0) - 1

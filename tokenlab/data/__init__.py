@@ -10,7 +10,16 @@ from tokenlab.core import names
 from tokenlab.data.dataset import Dataset
 from tokenlab.data.loader import Prefetch
 from tokenlab.data.pipeline import TrainStream, eval_batches, num_eval_batches
-from tokenlab.data.source import ArrayRecords, ArraySource, Batch, DataConfig, Records, Source, Spec
+from tokenlab.data.source import (
+    ArrayRecords,
+    ArraySource,
+    Batch,
+    DataConfig,
+    Records,
+    Source,
+    Spec,
+    check_name,
+)
 from tokenlab.data.splits import sliced
 from tokenlab.data.transform import Transform
 
@@ -45,6 +54,7 @@ def resolve(config: Mapping[str, Any]) -> DataConfig:
       NameLookupError: there is no such source.
     """
     name = config.get("name", DataConfig.name)
+    check_name(name, names.list_modules(SOURCES), "config.data.name")
     return core_config.to_dataclass(names.find_attr(SOURCES, name, "Config"), config, path="config.data")
 
 

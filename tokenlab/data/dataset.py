@@ -17,6 +17,7 @@ from tokenlab.data import transform as transforms
 from tokenlab.data.source import (
     Batch,
     DataConfig,
+    FileError,
     Records,
     Source,
     Spec,
@@ -31,6 +32,14 @@ MEMORY = 1024
 
 READ = 256
 """Records that are read and decoded in one go when a split is taken into memory."""
+
+
+LOST = 16
+"""A training batch of so many records or more, none of which can be read, is no accident: it stops the run."""
+
+
+class Unreadable(str):
+    """Why a picture cannot be read, in the place of the picture."""
 
 
 class Dataset:
@@ -61,8 +70,10 @@ class Dataset:
         self.class_names = getattr(source, "class_names", None)
         standard = transforms.default(source.spec)
         texts = [standard if text is None else text for text in (config.transform, config.eval_transform)]
-        self.train_transform = Transform(texts[0], source.spec, key="config.data.transform")
         self.eval_transform = Transform(texts[1], source.spec, key="config.data.eval_transform")
+        self.train_transform = self.eval_transform
+        if texts[0] != texts[1]:
+            self.train_transform = Transform(texts[0], source.spec, key="config.data.transform")
         self.spec: Spec = self.eval_transform.spec
         self._check(config)
         self._memory = (0 if config.workers else MEMORY) if config.memory is None else config.memory
@@ -114,8 +125,8 @@ class Dataset:
           The spec's keys as arrays [B, ...], and "mask" float32 [B]: 1, or 0 where a record was skipped.
 
         Raises:
-          DataError: a record cannot be read and `config.corrupt` is "stop", none of them can, or one is not what the
-            spec says.
+          DataError: a record cannot be read and `config.corrupt` is "stop", none of LOST or more for training can, or
+            one is not what the spec says. FileError: a whole file cannot be read.
         """
         change = self.eval_transform if draws is None else self.train_transform
         mask = np.ones(len(indices), np.float32)
@@ -125,27 +136,31 @@ class Dataset:
         for row, image in enumerate(images):
             if row in wrong:
                 continue
+            if isinstance(image, Unreadable):
+                wrong[row] = image
+                continue
             try:
-                if isinstance(image, DataError):
-                    raise image
                 images[row] = change(image, None if draws is None else draws[row], decoded=kept is not None)
             except DataError as error:
                 wrong[row] = str(error)
         for row, why in wrong.items():
             if self.config.corrupt == "stop":
                 raise DataError(
-                    f"source {self.name!r}, split {split!r}, record {int(indices[row])}: {why}. Mend the data, or "
-                    "leave such records out with config.data.corrupt='skip'"
+                    f"{self._named(split, int(indices[row]), why)}. Mend the data, or leave such records out with "
+                    "config.data.corrupt='skip'"
                 )
             mask[row] = 0
-        if len(indices) and len(wrong) == len(indices):
-            raise DataError(
-                f"source {self.name!r}, split {split!r}: none of {len(indices)} records of a batch can be read; "
-                f"record {int(indices[0])}: {wrong[0]}"
-            )
+        if draws is not None and len(wrong) == len(indices) >= LOST:
+            first = self._named(split, int(indices[0]), wrong[0])
+            raise DataError(f"none of {len(indices)} records of a batch can be read; {first}")
         batch = self._stacked(records, images, wrong, len(indices))
         check_batch(batch, self, split, indices)
         return {**batch, "mask": mask}
+
+    def _named(self, split: str, index: int, why: str) -> str:
+        """What is wrong with a record, and with which, unless that says it itself."""
+        said = f"split {split!r}" in why and f"record {index}" in why
+        return why if said else f"source {self.name!r}, split {split!r}, record {index}: {why}"
 
     def why(self, split: str, index: int) -> str:
         """What is wrong with a record that was skipped."""
@@ -165,6 +180,8 @@ class Dataset:
         records = self.source.split(split)
         try:
             return records.batch(indices), {}
+        except FileError:
+            raise
         except DataError:
             pass  # one of them; which, and are the others well?
         found: list[Batch | None] = []
@@ -237,7 +254,7 @@ class Dataset:
         def part(first: int) -> Batch:
             records, wrong = self._records(split, np.arange(first, min(first + READ, size)))
             records[IMAGE] = [
-                DataError(wrong[row]) if row in wrong else _attempt(self.eval_transform, data)
+                Unreadable(wrong[row]) if row in wrong else _attempt(self.eval_transform, data)
                 for row, data in enumerate(records[IMAGE])
             ]
             return records
@@ -252,7 +269,7 @@ class Dataset:
                 continue
             whole[key] = [value for part in values for value in part]
             if len({getattr(value, "shape", None) for value in whole[key]} - {None}) == 1 and not any(
-                isinstance(value, DataError) for value in whole[key]
+                isinstance(value, Unreadable) for value in whole[key]
             ):
                 whole[key] = np.stack(whole[key])
         return whole
@@ -267,8 +284,8 @@ def _take(whole: Batch, indices: np.ndarray) -> Batch:
     }
 
 
-def _attempt(transform: Transform, data: bytes) -> np.ndarray | DataError:
+def _attempt(transform: Transform, data: bytes) -> np.ndarray | Unreadable:
     try:
         return transform.decode(data)
     except DataError as error:
-        return error
+        return Unreadable(error)

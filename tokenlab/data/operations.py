@@ -1,8 +1,9 @@
 """What a transform text can do to an image: one small class an operation, its fields the parameters.
 
 An operation takes an image [R, C, channels] and its share of the numbers drawn for this example, and returns an image;
-pixels are moved by OpenCV. It says beforehand what comes out (`after`), so that shapes are known before a picture is
-read. An operation that changes values keeps uint8 images uint8; only `value_range` and `normalize` make them float32.
+`tokenlab.data.pixels` moves the pixels. It says beforehand what comes out (`after`), so that shapes are known before a
+picture is read. An operation that changes values keeps uint8 images uint8; only `value_range` and `normalize` make them
+float32.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-import cv2
 import numpy as np
 
 from tokenlab.core.errors import DataError, suggest
+from tokenlab.data.pixels import background, padded, resized, warped
 from tokenlab.data.source import ENCODED
 
 Kind: TypeAlias = tuple[tuple[int | None, ...], str]
 """(shape, dtype) of an image, as in a `Spec`."""
 
-# Threads are ours (config.data.threads); OpenCV's own would only compete with them.
-cv2.setNumThreads(0)
+MOST_SIDE = 16_384
+"""Pixels along a side of what an operation makes: more is a slip of the pen, and would end the process for memory."""
+
+MOST_VALUE = 1e30
+"""Size of a float32 value that is put into an image: differences of two such are finite still."""
 
 
 class Operation:
@@ -54,17 +58,32 @@ def require(condition: bool, name: str, parameter: str, value: object, expected:
         raise DataError(f"{name} has {parameter}={value!r}; expected {expected}")
 
 
-def _whole(name: str, parameter: str, value: object, least: int = 1) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, name, parameter, value, f"an int of at least {least}")
+def whole(name: str, parameter: str, value: object, least: int = 1, most: int = MOST_SIDE) -> None:
+    """Raise a DataError for a parameter that is no int from `least` to `most`."""
+    inside = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    require(inside, name, parameter, value, f"an int from {least} to {most}")
 
 
-def _pixels(name: str, kind: Kind, dtypes: tuple[str, ...] = ("uint8", "float32")) -> None:
+def check_pixels(name: str, kind: Kind, dtypes: tuple[str, ...] = ("uint8", "float32")) -> None:
+    """Raise a DataError for what is no image of one of `dtypes`."""
     shape, dtype = kind
     if dtype not in dtypes or len(shape) != 3:
         hint = "; put decode before it" if dtype == ENCODED else ""
         raise DataError(
             f"{name} takes images [R, C, channels] of {' or '.join(dtypes)}, not {dtype}{list(shape)}{hint}"
+        )
+
+
+def _check_fill(name: str, fill: float | None, kind: Kind) -> None:
+    if fill is not None:
+        low, high = (0, 255) if kind[1] == "uint8" else (-MOST_VALUE, MOST_VALUE)
+        require(low <= fill <= high, name, "fill", fill, f"a number from {low} to {high} in {kind[1]} images")
+
+
+def _check_sides(what: str, rows: int, columns: int) -> None:
+    if max(rows, columns) > MOST_SIDE:
+        raise DataError(
+            f"{what} makes images of {rows} x {columns} pixels; expected at most {MOST_SIDE} along a side"
         )
 
 
@@ -84,40 +103,7 @@ class Decode(Operation):
         return kind[0], "uint8"
 
 
-def decode(data: bytes, shape: tuple[int | None, ...]) -> np.ndarray:
-    """The picture in `data`, uint8 [R, C, channels] of `shape` (None for any size).
-
-    Raises:
-      DataError: it is no picture OpenCV reads, it is cut off, or it has another shape.
-    """
-    flag = cv2.IMREAD_GRAYSCALE if shape[2] == 1 else cv2.IMREAD_COLOR_RGB
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if len(data) else None
-    except cv2.error as error:
-        raise DataError(f"its {len(data)} bytes cannot be decoded: {' '.join(str(error).split())}") from None
-    if image is None:
-        raise DataError(
-            f"its {len(data)} bytes are no picture that can be decoded (JPEG, PNG, WebP, BMP, ...)"
-        )
-    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
-        # The decoder fills what is missing with grey and says nothing.
-        raise DataError(f"its {len(data)} bytes are a JPEG that is cut off")
-    image = image.reshape(*image.shape[:2], -1)
-    if any(want is not None and want != have for want, have in zip(shape, image.shape, strict=True)):
-        raise DataError(f"it decodes to {list(image.shape)}; the data says {list(shape)}")
-    return image
-
-
 # ---------------------------------------------------------------------------------------------------- sizes
-
-
-def resized(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """`image` at another size: averaged over areas where it shrinks, bilinear where it grows."""
-    if image.shape[:2] == (rows, columns):
-        return image
-    shrinks = rows < image.shape[0] or columns < image.shape[1]
-    way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (columns, rows), interpolation=way).reshape(rows, columns, -1)
 
 
 @dataclass(frozen=True)
@@ -128,17 +114,21 @@ class Resize(Operation):
     columns: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("resize", "rows", self.rows)
-        _whole("resize", "columns", self.columns or self.rows)
+        whole("resize", "rows", self.rows)
+        if self.columns is not None:
+            whole("resize", "columns", self.columns)
 
     def after(self, kind: Kind) -> Kind:
         """A fixed size."""
-        _pixels("resize", kind)
-        return (self.rows, self.columns or self.rows, kind[0][2]), kind[1]
+        check_pixels("resize", kind)
+        return (*self._size(), kind[0][2]), kind[1]
+
+    def _size(self) -> tuple[int, int]:
+        return self.rows, self.rows if self.columns is None else self.columns
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
-        return resized(image, self.rows, self.columns or self.rows)
+        return resized(image, *self._size())
 
 
 @dataclass(frozen=True)
@@ -148,11 +138,11 @@ class ResizeSmall(Operation):
     size: int
 
     def __post_init__(self) -> None:
-        _whole("resize_small", "size", self.size)
+        whole("resize_small", "size", self.size)
 
     def after(self, kind: Kind) -> Kind:
         """Known where the size was known."""
-        _pixels("resize_small", kind)
+        check_pixels("resize_small", kind)
         (rows, columns, channels), dtype = kind
         if rows is None or columns is None:
             return (None, None, channels), dtype
@@ -160,7 +150,9 @@ class ResizeSmall(Operation):
 
     def _size(self, rows: int, columns: int) -> tuple[int, int]:
         small = min(rows, columns)
-        return round(rows * self.size / small), round(columns * self.size / small)
+        size = round(rows * self.size / small), round(columns * self.size / small)
+        _check_sides(f"resize_small({self.size}) of {rows} x {columns} pixels", *size)
+        return size
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
@@ -174,25 +166,25 @@ class CentralCrop(Operation):
     size: int
 
     def __post_init__(self) -> None:
-        _whole("central_crop", "size", self.size)
+        whole("central_crop", "size", self.size)
 
     def after(self, kind: Kind) -> Kind:
         """A fixed size."""
-        _pixels("central_crop", kind)
-        _fits("central_crop", self.size, kind)
+        check_pixels("central_crop", kind)
+        _check_fits(f"central_crop({self.size})", self.size, kind[0])
         return (self.size, self.size, kind[0][2]), kind[1]
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
-        _fits("central_crop", self.size, (image.shape, str(image.dtype)))
+        _check_fits(f"central_crop({self.size})", self.size, image.shape)
         top, left = (image.shape[0] - self.size) // 2, (image.shape[1] - self.size) // 2
         return image[top : top + self.size, left : left + self.size]
 
 
-def _fits(name: str, size: int, kind: Kind) -> None:
-    for side in kind[0][:2]:
-        if side is not None and side < size:
-            raise DataError(f"{name}({size}) does not fit images of {list(kind[0][:2])}; resize them first")
+def _check_fits(what: str, size: int, shape: tuple[int | None, ...], pad: int = 0) -> None:
+    for side in shape[:2]:
+        if side is not None and side + 2 * pad < size:
+            raise DataError(f"{what} does not fit images of {list(shape[:2])}; resize them first")
 
 
 @dataclass(frozen=True)
@@ -206,22 +198,29 @@ class RandomCrop(Operation):
     random: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _whole("random_crop", "size", self.size)
-        _whole("random_crop", "pad", self.pad, 0)
+        whole("random_crop", "size", self.size)
+        whole("random_crop", "pad", self.pad, 0)
 
     def after(self, kind: Kind) -> Kind:
         """A fixed size."""
-        _pixels("random_crop", kind)
-        _fits("random_crop", self.size - 2 * self.pad, kind)
+        check_pixels("random_crop", kind)
+        _check_fill("random_crop", self.fill, kind)
+        self._check(kind[0])
         return (self.size, self.size, kind[0][2]), kind[1]
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
+        self._check(image.shape)
         image = padded(image, self.pad, background(image, self.fill))
-        _fits("random_crop", self.size, (image.shape, str(image.dtype)))
         free = (image.shape[0] - self.size + 1, image.shape[1] - self.size + 1)
         top, left = (int(draw * places) for draw, places in zip(draws.tolist(), free, strict=True))
         return image[top : top + self.size, left : left + self.size]
+
+    def _check(self, shape: tuple[int | None, ...]) -> None:
+        what = f"random_crop({self.size}, pad={self.pad})" if self.pad else f"random_crop({self.size})"
+        _check_fits(what, self.size, shape, self.pad)
+        if self.pad:
+            _check_sides(f"the padding of {what}", *((side or 0) + 2 * self.pad for side in shape[:2]))
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ class RandomResizedCrop(Operation):
 
     def __post_init__(self) -> None:
         name = "random_resized_crop"
-        _whole(name, "size", self.size)
+        whole(name, "size", self.size)
         require(
             0 < self.min_area <= self.max_area <= 1,
             name,
@@ -258,17 +257,21 @@ class RandomResizedCrop(Operation):
 
     def after(self, kind: Kind) -> Kind:
         """A fixed size."""
-        _pixels("random_resized_crop", kind)
+        check_pixels("random_resized_crop", kind)
         return (self.size, self.size, kind[0][2]), kind[1]
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
         *shapes, down, across = draws.tolist()
-        rows, columns = self._part(*image.shape[:2], shapes)
+        part = self._part(*image.shape[:2], shapes)
+        if part is None:
+            part, down, across = self._largest(*image.shape[:2]), 0.5, 0.5
+        rows, columns = part
         top, left = int(down * (image.shape[0] - rows + 1)), int(across * (image.shape[1] - columns + 1))
         return resized(image[top : top + rows, left : left + columns], self.size, self.size)
 
-    def _part(self, rows: int, columns: int, draws: list[float]) -> tuple[int, int]:
+    def _part(self, rows: int, columns: int, draws: list[float]) -> tuple[int, int] | None:
+        """Rows and columns of the first try that fits, if one does."""
         low, high = math.log(self.min_aspect), math.log(self.max_aspect)
         for area, place in zip(draws[::2], draws[1::2], strict=True):
             area = rows * columns * (self.min_area + area * (self.max_area - self.min_area))
@@ -276,6 +279,9 @@ class RandomResizedCrop(Operation):
             down, across = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
             if 0 < down <= rows and 0 < across <= columns:
                 return down, across
+        return None
+
+    def _largest(self, rows: int, columns: int) -> tuple[int, int]:
         aspect = min(max(columns / rows, self.min_aspect), self.max_aspect)
         return min(rows, max(1, round(columns / aspect))), min(columns, max(1, round(rows * aspect)))
 
@@ -291,7 +297,7 @@ class FlipLR(Operation):
 
     def after(self, kind: Kind) -> Kind:
         """The same."""
-        _pixels("flip_lr", kind)
+        check_pixels("flip_lr", kind)
         return kind
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -309,11 +315,12 @@ class Shift(Operation):
     random: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _whole("shift", "pixels", self.pixels, 0)
+        whole("shift", "pixels", self.pixels, 0)
 
     def after(self, kind: Kind) -> Kind:
         """The same."""
-        _pixels("shift", kind)
+        check_pixels("shift", kind)
+        _check_fill("shift", self.fill, kind)
         side = min((side for side in kind[0][:2] if side is not None), default=self.pixels + 1)
         require(self.pixels < side, "shift", "pixels", self.pixels, f"an int from 0 to {side - 1}")
         return kind
@@ -321,6 +328,9 @@ class Shift(Operation):
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
         rows, columns = image.shape[:2]
+        _check_sides(
+            f"the padding of shift({self.pixels})", rows + 2 * self.pixels, columns + 2 * self.pixels
+        )
         image = padded(image, self.pixels, background(image, self.fill))
         top, left = (int(draw * (2 * self.pixels + 1)) for draw in draws.tolist())
         return image[top : top + rows, left : left + columns]
@@ -340,7 +350,8 @@ class Rotate(Operation):
 
     def after(self, kind: Kind) -> Kind:
         """The same."""
-        _pixels("rotate", kind)
+        check_pixels("rotate", kind)
+        _check_fill("rotate", self.fill, kind)
         return kind
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -364,54 +375,14 @@ class Scale(Operation):
 
     def after(self, kind: Kind) -> Kind:
         """The same."""
-        _pixels("scale", kind)
+        check_pixels("scale", kind)
+        _check_fill("scale", self.fill, kind)
         return kind
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """See `Operation`."""
         inverse = 1 / (1 + self.fraction * (2 * float(draws[0]) - 1))
         return warped(image, (inverse, 0.0, 0.0, inverse), background(image, self.fill))
-
-
-def background(image: np.ndarray, fill: float | None) -> float:
-    """What comes in from outside an image: `fill`, or its darkest value, 0 for uint8 and -1 for float32."""
-    if fill is not None:
-        return fill
-    return 0.0 if image.dtype == np.uint8 else -1.0
-
-
-def padded(image: np.ndarray, pixels: int, fill: float) -> np.ndarray:
-    """`image` with `pixels` of `fill` on all four sides."""
-    if not pixels:
-        return image
-    sides = (pixels, pixels, pixels, pixels)
-    result = cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=[fill] * 4)
-    return result.reshape(*result.shape[:2], -1)
-
-
-def warped(
-    image: np.ndarray,
-    matrix: tuple[float, float, float, float],
-    fill: float,
-    offset: tuple[float, float] = (0.0, 0.0),
-) -> np.ndarray:
-    """Bilinear samples: output pixel (x, y), from the centre, reads the input at (a x + b y, c x + d y) + offset.
-
-    Args:
-      image: [R, C, channels], uint8 or float32.
-      matrix: a, b, c, d; x runs along columns, y along rows.
-      fill: value outside the image.
-      offset: in pixels, (along columns, along rows).
-    """
-    rows, columns = image.shape[:2]
-    a, b, c, d = matrix
-    x, y = (columns - 1) / 2, (rows - 1) / 2
-    inverse = np.array([[a, b, x - a * x - b * y + offset[0]], [c, d, y - c * x - d * y + offset[1]]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    result = cv2.warpAffine(
-        image, inverse, (columns, rows), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=[fill] * 4
-    )
-    return result.reshape(rows, columns, -1)
 
 
 # ---------------------------------------------------------------------------------------------------- values
@@ -426,10 +397,13 @@ class ValueRange(Operation):
 
     def __post_init__(self) -> None:
         require(self.low < self.high, "value_range", "low", self.low, "low < high")
+        for parameter, value in (("low", self.low), ("high", self.high)):
+            inside = -MOST_VALUE <= value <= MOST_VALUE
+            require(inside, "value_range", parameter, value, f"a number from {-MOST_VALUE} to {MOST_VALUE}")
 
     def after(self, kind: Kind) -> Kind:
         """float32."""
-        _pixels("value_range", kind, ("uint8",))
+        check_pixels("value_range", kind, ("uint8",))
         return kind[0], "float32"
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -459,7 +433,7 @@ class Normalize(Operation):
 
     def after(self, kind: Kind) -> Kind:
         """float32."""
-        _pixels("normalize", kind, ("uint8",))
+        check_pixels("normalize", kind, ("uint8",))
         if kind[0][2] != 3:
             raise DataError(f"normalize({self.statistics}) takes 3 channels; the images have {kind[0][2]}")
         return kind[0], "float32"

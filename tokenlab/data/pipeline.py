@@ -31,8 +31,8 @@ class TrainStream:
     Args:
       source: what to read, a `Dataset` or a source whose images need no more than its default transform.
       split: its split.
-      batch_size: rows of the global batch, over all processes; at most the size of the split, so that no batch holds
-        an example three times, and divisible by `process_count`.
+      batch_size: rows of the global batch, over all processes; divisible by `process_count`, and at most the size of
+        the split, so that no batch holds an example three times; of a small part of a mixture it may.
       seed: in [0, 2**64); decides order and random changes to images.
       process_index: this process, in [0, process_count).
       process_count: processes that share the global batch.
@@ -169,14 +169,16 @@ class Parts:
     def __init__(self, sizes: Sequence[int], weights: Sequence[float]):
         self.sizes = tuple(int(size) for size in sizes)
         self.starts = np.cumsum([0, *self.sizes])[:-1]
-        exact = np.array(weights, np.float64) / np.sum(weights) * self.GROUP
+        # Of the largest weight, as a sum of large ones may be more than a float holds.
+        proportions = np.array(weights, np.float64) / np.max(weights)
+        exact = proportions / proportions.sum() * self.GROUP
         shares = np.floor(exact).astype(np.int64)
         shares[np.argsort(shares - exact, kind="stable")[: self.GROUP - shares.sum()]] += 1
         if not shares.all():
             part = int(np.argmin(shares))
             raise DataError(
-                f"part {part} of a mixture has weight {weights[part]} of {float(np.sum(weights))}; expected at least "
-                f"1/{self.GROUP} of the whole"
+                f"part {part} of a mixture has weight {weights[part]}, the largest weight is {max(weights)}; expected "
+                f"at least 1/{self.GROUP} of all weights together"
             )
         self._shares = shares
 

@@ -20,10 +20,14 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 
-from tokenlab.data import operations
-from tokenlab.data.operations import Kind, Operation, require
+from tokenlab.core.errors import DataError
+from tokenlab.data.operations import Kind, Operation, check_pixels, require, whole
+from tokenlab.data.pixels import warped
 
 MOST = 10
+MOST_CHANGES = 100
+"""Changes of an image; each reads two random numbers, so that a million would end the process for memory."""
+
 SHEAR, TRANSLATE, DEGREES, ENHANCE = 0.3, 150 / 331, 30.0, 0.9
 
 Change: TypeAlias = Callable[[np.ndarray, float], np.ndarray]
@@ -95,27 +99,27 @@ def rotate(image: np.ndarray, strength: float) -> np.ndarray:
     """Turn about the centre; black comes in."""
     angle = np.deg2rad(DEGREES * strength)
     cosine, sine = float(np.cos(angle)), float(np.sin(angle))
-    return operations.warped(image, (cosine, sine, -sine, cosine), 0)
+    return warped(image, (cosine, sine, -sine, cosine), 0)
 
 
 def shear_x(image: np.ndarray, strength: float) -> np.ndarray:
     """Slant along columns."""
-    return operations.warped(image, (1, SHEAR * strength, 0, 1), 0)
+    return warped(image, (1, SHEAR * strength, 0, 1), 0)
 
 
 def shear_y(image: np.ndarray, strength: float) -> np.ndarray:
     """Slant along rows."""
-    return operations.warped(image, (1, 0, SHEAR * strength, 1), 0)
+    return warped(image, (1, 0, SHEAR * strength, 1), 0)
 
 
 def translate_x(image: np.ndarray, strength: float) -> np.ndarray:
     """Move along columns."""
-    return operations.warped(image, (1, 0, 0, 1), 0, (TRANSLATE * image.shape[1] * strength, 0))
+    return warped(image, (1, 0, 0, 1), 0, (TRANSLATE * image.shape[1] * strength, 0))
 
 
 def translate_y(image: np.ndarray, strength: float) -> np.ndarray:
     """Move along rows."""
-    return operations.warped(image, (1, 0, 0, 1), 0, (0, TRANSLATE * image.shape[0] * strength))
+    return warped(image, (1, 0, 0, 1), 0, (0, TRANSLATE * image.shape[0] * strength))
 
 
 def identity(image: np.ndarray, strength: float) -> np.ndarray:
@@ -150,8 +154,7 @@ class RandAugment(Operation):
     magnitude: float
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.count, int) and self.count >= 0
-        require(whole, "randaugment", "count", self.count, "an int of at least 0")
+        whole("randaugment", "count", self.count, 0, MOST_CHANGES)
         inside = 0 <= self.magnitude <= MOST
         require(inside, "randaugment", "magnitude", self.magnitude, f"a number from 0 to {MOST}")
 
@@ -163,8 +166,13 @@ class RandAugment(Operation):
     def after(self, kind: Kind) -> Kind:
         """The same."""
         if kind[1] != "uint8":
-            raise operations.DataError(
+            raise DataError(
                 f"randaugment takes uint8 images, not {kind[1]}; put it after decode and before value_range"
+            )
+        check_pixels("randaugment", kind)
+        if kind[0][2] not in (1, 3):
+            raise DataError(
+                f"randaugment takes images of 1 (grey) or 3 channels (RGB); these have {kind[0][2]}: leave it out"
             )
         return kind
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from etils import epath
 
 from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, DataError, NameLookupError, suggest
-from tokenlab.data import prepared
+from tokenlab.core.files import check_writable
+from tokenlab.data import pixels, prepared
 from tokenlab.data.source import ENCODED, DataConfig, Source, check_split
 
 SOURCES = "tokenlab.data.sources"
@@ -115,7 +116,8 @@ def show(name: str, *, data_dir: str | None = None, png: str | None = None, spli
       ConfigError: the picture cannot be written there.
     """
     lines: list[str] = []
-    if name in _embedded():
+    embedded = _embedded()
+    if name in embedded:
         config: Any = names.find_attr(SOURCES, name, "Config")
         build: Any = names.find_attr(SOURCES, name, "build")
         source: Source = build(config(name=name))
@@ -126,20 +128,39 @@ def show(name: str, *, data_dir: str | None = None, png: str | None = None, spli
     else:
         from tokenlab.data.sources import tfds
 
-        found = prepared.find(name, data_dir)
+        found = _find(name, data_dir, embedded)
         lines += _described(found)
         source = tfds.TfdsSource(found)
     if split is None:
         split = "train" if "train" in source.splits else next(iter(source.splits))
     check_split(source, split)
     target = Path(png or f"{source.name.replace('/', '-')}.png")
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise ConfigError(f"--png={target} cannot be written: expected a file in a folder that exists.")
+    check_writable(target, "--png")
     sample = _sample(source, split)
     print("\n".join(lines + _class_lines(source, split, sample)))
     _draw(source, split, sample, target)
     print(f"  wrote {target}")
     return target
+
+
+def _find(name: str, data_dir: str | None, embedded: Collection[str]) -> prepared.Prepared:
+    """The prepared set `name`; the errors know of the sources, which may have been meant."""
+    _check_name(name)
+    if name in [module.name for module in names.list_modules(SOURCES)]:
+        raise ConfigError(
+            f"data show: {name!r} is a source with settings of its own, which `show` does not take; expected a TFDS "
+            f"set, the folder of one, or {', '.join(embedded)}."
+        )
+    try:
+        return prepared.find(name, data_dir)
+    except DataError as error:
+        near = suggest(name, embedded)
+        raise DataError(f"{error}{near}" if "mean" in near else str(error)) from error
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(":"):
+        raise DataError(f"{name!r} has no name before its version; expected NAME{name}.")
 
 
 def _described(found: prepared.Prepared) -> list[str]:
@@ -260,17 +281,12 @@ def _row_title(source: Source, sample: _Sample, label: int) -> str:
 
 def _picture(source: Source, split: str, index: int, image: Any) -> np.ndarray:
     """An image as uint8 [H, W, 3]; floats are stretched from their least to their greatest value."""
-    import cv2
-
     shape, dtype = source.spec["image"]
     if dtype == ENCODED:
-        kind = cv2.IMREAD_GRAYSCALE if shape[-1] == 1 else cv2.IMREAD_COLOR_RGB
-        decoded = cv2.imdecode(np.frombuffer(image, np.uint8), kind)
-        if decoded is None:
-            raise DataError(
-                f"source {source.name!r}, split {split!r}: record {index} is no picture that can be decoded."
-            )
-        image = decoded
+        try:
+            image = pixels.decode(image, shape)
+        except DataError as error:
+            raise DataError(f"source {source.name!r}, split {split!r}: record {index}: {error}.") from error
     if image.dtype != np.uint8:
         low, high = float(image.min()), float(image.max())
         image = ((image.astype(np.float32) - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
@@ -285,6 +301,7 @@ def prepare(name: str, folder: str) -> None:
     Raises:
       DataError: TensorFlow is not installed, TFDS knows no such set, or preparing it fails.
     """
+    _check_name(name)
     try:
         import tensorflow  # noqa: F401
     except ImportError:

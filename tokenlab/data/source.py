@@ -8,13 +8,14 @@ pipeline: a length, and the records at given indices. A source is a file in `tok
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from tokenlab.core.errors import ConfigError, DataError, suggest
+from tokenlab.core.errors import ConfigError, DataError, NameLookupError, suggest
+from tokenlab.core.names import Module
 
 Batch: TypeAlias = dict[str, Any]
 """Values by key. In a batch a key whose spec is `stackable` is an array with a leading axis of examples, any other a
@@ -92,6 +93,10 @@ class Records(Protocol):
         read.
         """
         ...
+
+
+class FileError(DataError):
+    """A file that cannot be read at all: not the fault of one record, so no record is skipped for it."""
 
 
 @runtime_checkable
@@ -203,6 +208,13 @@ def stackable(entry: tuple[tuple[int | None, ...], str]) -> bool:
     """Whether records of this (shape, dtype) come as one array; else they come as a list."""
     shape, dtype = entry
     return dtype != ENCODED and None not in shape
+
+
+def check_name(name: object, sources: Iterable[Module], key: str) -> None:
+    """Raise a `NameLookupError` with the nearest name when none of `sources` has the name that `key` gives."""
+    known = [module.name for module in sources]
+    if name not in known:
+        raise NameLookupError(f"{key} is {name!r}; expected the name of a source.{suggest(str(name), known)}")
 
 
 def check_split(source: Source, name: str) -> None:

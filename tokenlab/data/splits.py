@@ -1,8 +1,9 @@
 """Splits made of a source's own splits: `{"train": "train[:90%]", "validation": "train[90%:]"}`.
 
 A part is `NAME` or `NAME[FROM:TO]`, and parts are joined by "+". FROM and TO are counts or percentages, negative ones
-from the end; a percentage is rounded to the nearest example, so that `[:90%]` and `[90%:]` share none and leave none
-out. A slice is of the order in which the source is stored: of classes one after the other it holds only some.
+from the end, and none lies beyond the split; a percentage is rounded to the nearest example, so that `[:90%]` and
+`[90%:]` share none and leave none out. A slice is of the order in which the source is stored: of classes one after the
+other it holds only some.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from tokenlab.core.errors import DataError
 from tokenlab.data.joined import JoinedRecords, Stretch
 from tokenlab.data.source import Records, Source, check_split
 
-_PART = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_PLACE = r"-?\d{1,15}%?"
+_PART = re.compile(
+    # A split may be named after a folder, "train-full" or "train 2".
+    rf"\s*(?P<name>[^\[\]+]+?)\s*(?:\[\s*(?P<start>{_PLACE})?\s*:\s*(?P<stop>{_PLACE})?\s*\])?\s*"
+)
 
 
 class SlicedSource:
@@ -55,7 +60,7 @@ def sliced(source: Source, splits: Mapping[str, str]) -> Source:
 def _records(source: Source, name: str, text: str) -> JoinedRecords:
     stretches = []
     for word in text.split("+"):
-        found = _PART.fullmatch("".join(word.split()))
+        found = _PART.fullmatch(word)
         if not found:
             raise DataError(
                 f"config.data.splits.{name} is {text!r}; expected a split such as 'train', 'train[:90%]' or "
@@ -64,6 +69,12 @@ def _records(source: Source, name: str, text: str) -> JoinedRecords:
         records = source.split(found["name"])
         start = _place(found["start"], len(records), 0)
         stop = _place(found["stop"], len(records), len(records))
+        if start is None or stop is None:
+            raise DataError(
+                f"config.data.splits.{name}: {word.strip()!r} reaches beyond split {found['name']!r} of source "
+                f"{source.name!r}, which has {len(records)} examples; expected a count of at most {len(records)} or "
+                "a percentage of at most 100%"
+            )
         if start >= stop:
             raise DataError(
                 f"config.data.splits.{name}: {word.strip()!r} holds no example; split {found['name']!r} of source "
@@ -73,9 +84,13 @@ def _records(source: Source, name: str, text: str) -> JoinedRecords:
     return JoinedRecords(stretches, source.spec)
 
 
-def _place(text: str | None, size: int, default: int) -> int:
+def _place(text: str | None, size: int, default: int) -> int | None:
+    """A count from 0 to `size`; None for a text that means one beyond."""
     if text is None:
         return default
+    number = int(text.removesuffix("%"))
+    if abs(number) > (100 if text.endswith("%") else size):
+        return None
     # Whole numbers throughout: the same place on every machine.
-    place = (2 * size * int(text[:-1]) + 100) // 200 if text.endswith("%") else int(text)
-    return min(max(place + size if text.startswith("-") else place, 0), size)
+    place = (2 * size * number + 100) // 200 if text.endswith("%") else number
+    return place + size if text.startswith("-") else place

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
 from tokenlab.core.errors import DataError, suggest
-from tokenlab.data import operations
+from tokenlab.core.stack import syntax_tree
+from tokenlab.data import operations, pixels
 from tokenlab.data.operations import Decode, Operation
 from tokenlab.data.randaugment import RandAugment
 from tokenlab.data.source import ENCODED, Spec
@@ -79,8 +80,8 @@ class Transform:
         self._shape = spec[IMAGE][0] if IMAGE in spec else ()
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The first operation alone: uint8 [R, C, channels]. Raises DataError, see `operations.decode`."""
-        return operations.decode(data, self._shape)
+        """The first operation alone: uint8 [R, C, channels]. Raises DataError, see `pixels.decode`."""
+        return pixels.decode(data, self._shape)
 
     def __call__(self, image: Any, draws: np.ndarray | None, *, decoded: bool = False) -> np.ndarray:
         """One image, changed.
@@ -127,7 +128,7 @@ def parse(text: str, *, key: str = "transform") -> list[tuple[Operation, int, in
     if not text:
         return []
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = syntax_tree(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         column = (getattr(error, "offset", None) or 1) - 1
         _fail(key, text, column, column + 1, 'not of the form "name(number)|name(number)"')
@@ -158,8 +159,7 @@ def _operation(key: str, text: str, node: ast.expr) -> tuple[Operation, int, int
     try:
         signature.bind(*positional, **named)
     except TypeError as error:
-        parameters = signature.parameters.values()
-        usage = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
+        usage = ", ".join(map(_usage, signature.parameters.values()))
         _fail(key, text, start, end, f"{error}; expected {name}({usage})")
     for parameter, value in signature.bind(*positional, **named).arguments.items():
         if isinstance(value, str) and "str" not in str(signature.parameters[parameter].annotation):
@@ -168,6 +168,12 @@ def _operation(key: str, text: str, node: ast.expr) -> tuple[Operation, int, int
         return OPERATIONS[name](*positional, **named), start, end
     except DataError as error:
         _fail(key, text, start, end, str(error))
+
+
+def _usage(parameter: inspect.Parameter) -> str:
+    if parameter.default is None:  # which nobody can give
+        return f"[{parameter.name}]"
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default}"
 
 
 def _value(key: str, text: str, node: ast.expr) -> int | float | str:
@@ -179,7 +185,7 @@ def _value(key: str, text: str, node: ast.expr) -> int | float | str:
     if (
         not isinstance(value, ast.Constant)
         or type(value.value) not in (int, float)
-        or not math.isfinite(value.value)
+        or not abs(value.value) <= sys.float_info.max  # of ints too large for a float math.isfinite raises
     ):
         _fail(
             key,

@@ -17,26 +17,6 @@ BINS = 15
 """Bins of confidence, as in Guo et al. 2017."""
 
 
-def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of examples whose class is among the k with the largest logits.
-
-    A tie across the k-th place counts as the share of the orders of the tied classes that put the label in: with g
-    classes above the label and t that have its logit, itself included, the example counts min(max(k - g, 0) / t, 1).
-    So a model that gives all C classes one logit has k / C, not 1.
-
-    Args:
-      logits: [n, C].
-      labels: [n], in [0, C).
-      k: at least 1.
-    """
-    _check(logits, labels)
-    if k < 1:
-        raise ShapeError(f"top-k accuracy needs k >= 1; got {k}.")
-    own = logits[np.arange(len(labels)), labels][:, None]
-    above, tied = (logits > own).sum(axis=1), (logits == own).sum(axis=1)
-    return float(np.clip((k - above) / tied, 0.0, 1.0).mean())
-
-
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Log-softmax over classes, [n, C] float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)

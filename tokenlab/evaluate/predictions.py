@@ -34,6 +34,7 @@ class Predictions:
       images_per_second: measured: rows of a batch over the median time of the compiled forward pass, from its call to
         its results, while the next batches are read. The first batch, which compiles, does not count; a split of one
         batch is run twice.
+      skipped: examples of the split that could not be read (`config.data.corrupt="skip"`).
     """
 
     metrics: dict[str, float]
@@ -42,6 +43,7 @@ class Predictions:
     labels: np.ndarray | None
     index: np.ndarray
     images_per_second: float
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -104,6 +106,10 @@ def predict(
                 seconds[which].append(_timed(step, params[which], *last)[1])
     if not common:
         raise DataError(f"split {split!r} of {source.name!r} has no examples: expected one that has.")
+    if not any(facts["mask"].any() for facts in common):
+        raise DataError(
+            f"split {split!r} of {source.name!r}: none of its records can be read; mend the data."
+        )
     real = [np.flatnonzero(facts["mask"] > 0) for facts in common]
     index = np.concatenate([facts["first"] + chosen for facts, chosen in zip(common, real, strict=True)])
     labels = _rows_of(common, "label", real)
@@ -115,7 +121,8 @@ def predict(
         if logits is not None:
             _check_finite(logits, source, split)
         speed = batch_size / float(np.median(spent[1:]))
-        results.append(Predictions(means(totals), logits, features, labels, index, speed))
+        left_out = len(source.split(split)) - len(index)
+        results.append(Predictions(means(totals), logits, features, labels, index, speed, left_out))
     return results
 
 

@@ -133,6 +133,7 @@ def _measured(trained: Trained, said: Predictions, split: str) -> Measured:
         "tokens_per_example": trained.model.tokens_per_example,
         "tokens_out": trained.model.program.after,
         "examples": len(said),
+        **({"examples_left_out": said.skipped} if said.skipped else {}),
         "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(trained.params)),
         "checkpoint_step": trained.step,
     }

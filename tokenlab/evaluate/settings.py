@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "model.execution",
     "model.dtype",
     "model.attention",
+    "model.position_grid",
     "eval.stack",
     "eval.batch_size",
     "stack_vars.*",
@@ -44,7 +45,7 @@ class Settings:
     """How to evaluate.
 
     Attributes:
-      config: of the run, with what was overridden.
+      config: of the run, with what was overridden; `data.transform` is that of evaluation.
       stacks: the expressions to evaluate with, one or more; None for the model's own default.
       overridden: names of the stack variables that were given anew.
     """
@@ -89,6 +90,7 @@ def read(workdir: str | Path, overrides: Mapping[str, Any]) -> Settings:
         raise ConfigError(
             "config.model.stack and config.eval.stack are both given: at evaluation they mean the same, give one."
         )
+    config.data.transform = config.data.eval_transform  # of training images, which nobody makes here
     checked = to_dataclass(TrainConfig, config)
     chosen = checked.model.get("stack")
     if "model.stack" not in overrides and checked.eval.stack is not None:

@@ -95,7 +95,7 @@ def confused(result: Mapping[str, Any], names: Sequence[str] | None) -> list[str
         return names[number] if names is not None else str(number)
 
     return [
-        f"{pair['count']} of {name(pair['label'])} said to be {name(pair['predicted'])}"
+        f"class {name(pair['label'])} said to be {name(pair['predicted'])}: {pair['count']}"
         for pair in result["most_confused"]
     ]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenlab import data, models, tasks
-from tokenlab.core.errors import CheckpointError, ConfigError
+from tokenlab.core.errors import CheckpointError, ConfigError, TokenLabError
 from tokenlab.evaluate import settings
 from tokenlab.models.state import fill, fit_state
 from tokenlab.train.initialize import evaluation_params
 from tokenlab.train.manifest import Which
+from tokenlab.train.records import read_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +80,30 @@ def load_each(
     if not (workdir / "checkpoints").is_dir():
         raise CheckpointError(f"{workdir} holds no checkpoints yet: train it first, or give another workdir.")
     params, meta = evaluation_params(workdir, checkpoint)
+    settings_of_model = _with_grid_of_training(config.model, read_run(workdir))
     found = []
     for stack, stack_vars in zip(chosen.stacks, chosen.stack_vars(meta["step"]), strict=True):
-        model = models.build(
-            config.model,
-            spec=source.spec,
-            num_outputs=task.num_outputs(source),
-            stack=stack,
-            stack_vars=stack_vars,
-            train=False,
-        )
-        wanted = model.abstract_state()
-        leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {workdir}")
+        try:
+            model = models.build(
+                settings_of_model,
+                spec=source.spec,
+                num_outputs=task.num_outputs(source),
+                stack=stack,
+                stack_vars=stack_vars,
+                train=False,
+            )
+            wanted = model.abstract_state()
+            leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {workdir}")
+        except TokenLabError as error:
+            if len(chosen.stacks) == 1:
+                raise
+            raise type(error)(f"of {len(chosen.stacks)} stacks, {stack!r}: {error}") from error
         found.append(Trained(config, model, fill(wanted, leaves), task, source, meta["step"], tuple(notes)))
     return tuple(found)
+
+
+def _with_grid_of_training(model: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's settings with its positions made for the images it was trained on, also where others are evaluated."""
+    if model.get("position_grid") is not None or "position_grid" not in model or not run.get("grid"):
+        return model
+    return {**model, "position_grid": tuple(run["grid"])}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 """Hugging Face's names of activations -> ours."""
+
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+"""Of tensors in a file, as safetensors calls them; integers are of buffers, which no model needs."""
 
 
 def import_weights(
@@ -111,10 +114,17 @@ def load(file: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{file} is no .safetensors file; save the model's state_dict with safetensors.torch.save_file."
         )
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
 
     try:
+        with safe_open(file, framework="numpy") as opened:
+            kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}
+        if other := kinds - set(_DTYPES):
+            raise CheckpointError(
+                f"{file} holds weights as {', '.join(sorted(other))}; expected {', '.join(_DTYPES)}: save them "
+                "anew, each as tensor.to(torch.float32)."
+            )
         return load_file(file)
     except (OSError, SafetensorError) as error:
         said = " ".join(str(error).split())
@@ -208,7 +218,11 @@ def _chosen(model: Mapping[str, Any], explicit: Collection[str]) -> dict[str, An
 
 
 def description(file: Path, weights: Weights) -> dict[str, Any]:
-    """What a Hugging Face config.json beside the file says of the model."""
+    """What a Hugging Face config.json beside the file says of the model.
+
+    Raises:
+      CheckpointError: it cannot be read, or does not describe a model of these weights.
+    """
     path = file.with_name("config.json")
     if not weights.layout.name.startswith("Hugging Face") or not path.exists():
         return {}
@@ -225,6 +239,7 @@ def description(file: Path, weights: Weights) -> dict[str, Any]:
             f"cannot read {path}: {' '.join(str(error).split())}; expected the JSON object that belongs "
             f"to {file.name}, or no such file."
         ) from error
+    _check_described(path, said, found["width"])
     if found["width"] != weights.settings["width"]:
         raise CheckpointError(
             f"{path} has hidden_size {found['width']}, but the weights in {file} are {weights.settings['width']} wide; "
@@ -238,6 +253,31 @@ def description(file: Path, weights: Weights) -> dict[str, Any]:
             )
         found["activation"] = _ACTIVATIONS[activation]
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _check_described(path: Path, said: Mapping[str, Any], width: Any) -> None:
+    """Raise a CheckpointError for a wrong type; else the model's settings, which nobody gave, are blamed."""
+
+    def check(key: str, fits: Callable[[Any], bool], expected: str) -> None:
+        value = said.get(key)
+        if value is not None and (isinstance(value, bool) or not fits(value)):
+            raise CheckpointError(
+                f"{path} has {key} {value!r}; expected {expected}: put the file that belongs to the weights there, or "
+                "none."
+            )
+
+    check("hidden_size", lambda value: isinstance(value, int) and value > 0, "an int > 0")
+    check(
+        "num_attention_heads",
+        lambda value: isinstance(value, int) and value > 0 and width % value == 0,
+        f"an int that divides hidden_size {width}",
+    )
+    check(
+        "layer_norm_eps",
+        lambda value: isinstance(value, int | float) and 0 < value < 1,
+        "a number from 0 to 1",
+    )
+    check("hidden_act", lambda value: isinstance(value, str), "the name of an activation")
 
 
 def _check_data(config: ConfigDict, weights: Weights) -> None:

@@ -64,7 +64,7 @@ def fit_state(
         if given != expected and path not in extra:
             raise CheckpointError(
                 f"parameter {path}: {source} {_holds(given)}, the model {_needs(expected)}; "
-                f"{_mend(path, given, expected)}."
+                f"{_mend(path, given, expected, starts=not left_out)}."
             )
     kinds = sorted({"/".join(path.split("/")[:2]) for path in extra})
     notes = [f"{source} holds {kind}, which the stack does not use: left out" for kind in kinds]
@@ -88,14 +88,20 @@ def _needs(shape: tuple[int, ...] | None) -> str:
     return "does not have it" if shape is None else f"needs it as {shape}"
 
 
-def _mend(path: str, given: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> str:
+def _mend(path: str, given: tuple[int, ...] | None, expected: tuple[int, ...] | None, *, starts: bool) -> str:
+    """How to go on; `starts`: of a run that starts from the saved weights."""
     group, _, rest = path.partition("/")
     kind = f"{group}/{rest.partition('/')[0]}" if rest else group
-    anew = f"start it anew in a run with config.init_from.fresh=('{kind}',)"
+    # A setting of training: whoever evaluates or imports weights cannot give it.
+    anew = f", or start it anew in a run with config.init_from.fresh=('{kind}',)" if starts else ""
     if group == "items" and given is None:
-        return f"use a stack without what it learns there, or train it: {anew}"
+        other = (
+            anew
+            or f", or train it first, in a run from these weights with config.init_from.fresh=('{kind}',)"
+        )
+        return f"use a stack without what it learns there{other}"
     stacked = group in ("blocks", "items") and given is not None and expected is not None
     if stacked and given[1:] == expected[1:]:
         what = "blocks" if group == "blocks" else "such items"
-        return f"use a stack with {given[0]} {what} of this kind, as it was trained, not {expected[0]}, or {anew}"
-    return f"use a model that fits, or {anew}"
+        return f"use a stack with {given[0]} {what} of this kind, as it was trained, not {expected[0]}{anew}"
+    return f"use a model that fits{anew}"

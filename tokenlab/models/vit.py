@@ -354,4 +354,9 @@ def build(
     shape = tuple(spec["image"][0])
     if len(shape) != 3:
         raise ShapeError(f"vit reads images [H, W, C]; the data's 'image' has shape {shape}.")
+    if not jnp.issubdtype(spec["image"][1], jnp.floating):
+        raise ShapeError(
+            f"vit reads images of floats; the data's 'image' is {spec['image'][1]}: end config.data.transform and "
+            "config.data.eval_transform with value_range(-1, 1)."
+        )
     return ViT(config, shape, num_outputs, stack_vars, train)

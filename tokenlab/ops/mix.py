@@ -106,5 +106,9 @@ def _quantiles(alpha: float) -> np.ndarray:
 def _check(images: jax.Array, alpha: float) -> None:
     if images.ndim != 4:
         raise ShapeError(f"images have shape {images.shape}; expected [B, H, W, C].")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ShapeError(
+            f"images are {images.dtype}; expected floats to mix: end config.data.transform with value_range(-1, 1)."
+        )
     if not alpha > 0:
         raise TokenLabError(f"alpha is {alpha!r}; expected a number above 0.")

@@ -12,12 +12,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokenlab import data
+from tokenlab.core.errors import DataError
 from tokenlab.sharding import rules
 from tokenlab.sharding.rules import DEFAULT_RULES
 from tokenlab.train.step import make_eval_step
 
 AHEAD = 4
 """Batches the host may hand out before the devices have done them."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came out of an evaluation.
+
+    Attributes:
+        metrics: name -> weighted mean; a metric without weight is left out.
+        skipped: records among this process's rows that could not be read (`config.data.corrupt="skip"`).
+    """
+
+    metrics: dict[str, float]
+    skipped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +80,7 @@ class Evaluator:
         """Devices that share a batch; a batch size must be a multiple of it."""
         return int(np.prod([self.mesh.shape[axis] for axis in DEFAULT_RULES["batch"]]))
 
-    def __call__(self, params: Any, source: data.Source, split: str, batch_size: int) -> dict[str, float]:
+    def __call__(self, params: Any, source: data.Source, split: str, batch_size: int) -> Evaluated:
         """Metrics over a whole split.
 
         Args:
@@ -76,18 +90,50 @@ class Evaluator:
             batch_size: rows of a batch over all devices, a multiple of `shards`; the last batch is padded.
 
         Returns:
-            name -> weighted mean, summed in float64 over batches; a metric without weight is left out.
+            Metrics, summed in float64 over batches, and how many examples this process's share of the split lacks.
+
+        Raises:
+            DataError: not one example of the split can be read.
         """
         processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         rows = NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         sums: list[Any] = []
+        left_out: list[int] = []
         with jax.set_mesh(self.mesh):
             for index, batch in enumerate(data.eval_batches(source, split, batch_size, **processes)):
+                left_out += skipped(source, split, batch_size, index, batch["mask"], **processes)
                 sums.append(self._step(params, place(batch, rows), place(np.int32(index), everywhere)))
                 jax.block_until_ready(sums[max(index - AHEAD, 0)])
         totals = jax.tree.map(lambda *leaves: float(np.sum(leaves, dtype=np.float64)), *jax.device_get(sums))
-        return means(totals)
+        found = means(totals)
+        if not found:
+            raise DataError(
+                f"source {source.name!r}: none of the {len(source.split(split))} records of split {split!r} can be "
+                "read; mend the data."
+            )
+        return Evaluated(found, tuple(left_out))
+
+
+def skipped(
+    source: data.Source,
+    split: str,
+    batch_size: int,
+    number: int,
+    mask: np.ndarray,
+    *,
+    process_index: int,
+    process_count: int,
+) -> list[int]:
+    """The records of a batch of `data.eval_batches` that could not be read: those of mask 0 that are no padding.
+
+    Args:
+        number: of the batch.
+        mask: [rows of this process].
+    """
+    first = number * batch_size + process_index * (batch_size // process_count)
+    records = first + np.flatnonzero(mask == 0)
+    return records[records < len(source.split(split))].tolist()
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -27,7 +27,7 @@ from tokenlab.sharding.rules import DEFAULT_RULES, path_of
 from tokenlab.train import costs, initialize, schedule, state, step
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train.config import TrainConfig
-from tokenlab.train.evaluation import Evaluator, place
+from tokenlab.train.evaluation import Evaluated, Evaluator, place
 from tokenlab.train.optimizer import Optimizer
 from tokenlab.train.state import TrainState
 
@@ -227,7 +227,7 @@ class Experiment:
             self._compiled[key] = CompiledStep(run, self.step_cost(at).model_flops, seconds, peak_bytes(run))
         return self._compiled[key]
 
-    def evaluate(self, params: Any, split: str, at: int) -> dict[str, float]:
+    def evaluate(self, params: Any, split: str, at: int) -> Evaluated:
         """Metrics over a whole split, each example counted once.
 
         Args:
@@ -236,7 +236,7 @@ class Experiment:
             at: steps done.
 
         Returns:
-            name -> weighted mean, summed in float64 over batches; a metric without weight is left out.
+            See `Evaluator`.
         """
         model = self.eval_model(at)
         if model not in self._evaluators:
@@ -262,6 +262,7 @@ class Experiment:
             "stack": self.model.stack_text,
             "eval_stack": self.eval_model(0).stack_text,
             "tokens_per_example": self.model.tokens_per_example,
+            "grid": list(getattr(self.model, "grid", ())) or None,
             "optimizer": self.optimizer.description,
             "mesh": dict(self.mesh.shape),
             "cost_table": costs.cost_table(self.model, self.task, self.source.spec).to_json(),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class Trainer:
         self.results: dict[str, dict[str, Any]] = {}
         self.stopwatch, self.waited = Stopwatch(), 0.0
         self._begun = begun
-        self._skipped: dict[int, str] = {}
+        self._left_out: dict[str, dict[int, str]] = {}
         self._prepared: dict[str, experiments.CompiledStep] = {}
         self._facts: dict[str, Any] = {"compile_seconds": {}, "train_flops_per_step": {}, "peak_bytes": {}}
         self._leaf_names = experiment.leaf_names()
@@ -213,15 +213,20 @@ class Trainer:
                 return
             yield batch
 
-    def _tell_skipped(self) -> None:
+    def _tell_left_out(self, split: str, records: Iterable[int]) -> None:
         """Names records that could not be read (`config.data.corrupt="skip"`) as they turn up, and counts them."""
-        source = self.experiment.source
-        new = sorted(self.experiment.skipped - self._skipped.keys())
+        known = self._left_out.setdefault(split, {})
+        new = sorted(set(records) - known.keys())
         for index in new:
-            self._skipped[index] = source.why(TRAIN_SPLIT, index)
-            self.progress.note(f"left out: record {index} of split {TRAIN_SPLIT!r}: {self._skipped[index]}")
+            known[index] = self.experiment.source.why(split, index)
+            self.progress.note(f"left out: record {index} of split {split!r}: {known[index]}")
         if new:
-            self.folder.update_run({"skipped_records": {str(k): v for k, v in self._skipped.items()}})
+            listed = {
+                split: {str(index): why for index, why in records.items()}
+                for split, records in self._left_out.items()
+                if records
+            }
+            self.folder.update_run({"skipped_records": listed})
 
     def _totals(self) -> dict[str, Any]:
         return {
@@ -287,15 +292,16 @@ class Trainer:
         fetched = jax.device_get((self.state.metrics, self.state.health, report.learning_rate))
         sums, health, rate = fetched
         check_health(health, self._leaf_names)
-        self._tell_skipped()
+        self._tell_left_out(TRAIN_SPLIT, self.experiment.skipped)
         self.state = self.state.replace(metrics=self.experiment.zero_metrics())
         self._record("train", {**means(sums), "learning_rate": float(rate)})
 
     def _evaluate(self, split: str) -> dict[str, float]:
         check_health(jax.device_get(self.state.health), self._leaf_names)
-        metrics = self.experiment.evaluate(evaluation_params(self.state), split, self.step)
-        self._record(split, metrics)
-        return metrics
+        found = self.experiment.evaluate(evaluation_params(self.state), split, self.step)
+        self._tell_left_out(split, found.skipped)
+        self._record(split, found.metrics)
+        return found.metrics
 
     def _record(self, split: str, metrics: Mapping[str, float]) -> None:
         record = {"step": self.step, "split": split, **metrics, **self._totals()}

@@ -69,9 +69,9 @@ def test_every_layout(tmp_path: Path, write) -> None:
 
 
 def test_grey_images_get_a_channel_and_floats_are_float32(tmp_path: Path) -> None:
-    np.savez(tmp_path / "train.npz", image=np.linspace(0, 1, 24).reshape(2, 3, 4), label=np.array([0.5, 1.5]))
+    np.savez(tmp_path / "train.npz", image=np.linspace(0, 1, 24).reshape(2, 3, 4), age=np.array([0.5, 1.5]))
     source = build(tmp_path)
-    assert source.spec == {"image": ((3, 4, 1), "float32"), "label": ((), "float32")}
+    assert source.spec == {"image": ((3, 4, 1), "float32"), "age": ((), "float32")}
     assert source.num_classes is None
     assert source.split("train").batch(np.array([1]))["image"].dtype == np.float32
 
@@ -127,6 +127,23 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
         build(tmp_path)
 
 
+def test_labels_beyond_int32_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train.npz", image=IMAGES, label=np.array([0, 1, 10**10, 0, 0, 0]))
+    with pytest.raises(DataError, match="label of example 2 is 10000000000; expected 0 to 2147483646"):
+        build(tmp_path)
+
+
+def test_splits_whose_names_have_an_underscore(tmp_path: Path) -> None:
+    content = {"image": IMAGES, "label": LABELS, "wide_mask": IMAGES}
+    names = ("my_train", "my_test")
+    np.savez(
+        tmp_path / "a.npz", **{f"{name}_{key}": value for name in names for key, value in content.items()}
+    )
+    source = build(tmp_path / "a.npz")
+    assert source.splits == {"my_train": 6, "my_test": 6}
+    assert source.spec.keys() == {"image", "label", "wide_mask"}
+
+
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     first = write_npz(tmp_path)
     before = build(first).fingerprint
@@ -158,9 +175,16 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     error("must have one or more rows, all as many", "a", image=IMAGES, label=LABELS[:5])
     error("must have one or more rows", "b", image=IMAGES[:0], label=LABELS[:0])
     error("must have one or more rows", "c", image=np.uint8(3))
-    error(
-        r"labels of split 'train' are \[6, 2\]; expected \[n\] or \[n, 1\]", "d", label=np.zeros((6, 2), int)
-    )
+    labels = r"label of split 'train' is {}; expected integers \[n\]: of one-hot labels .argmax\(axis=1\)"
+    error(labels.format(r"int64\[6, 2\]"), "d", label=np.zeros((6, 2), int))
+    error(labels.format(r"float32\[6, 3\]"), "g", label=np.eye(3, dtype=np.float32)[LABELS])
+    error(labels.format(r"float64\[6\]"), "h", label=LABELS.astype(float))
+    for dtype in ("uint16", "int64", "bool"):
+        error(
+            rf"image of .* is {dtype}\[6, 4, 5, 3\]; .*\.astype\(np\.uint8\)",
+            dtype,
+            image=IMAGES.astype(dtype),
+        )
     error("is <U1; expected numbers", "e", image=IMAGES, label=np.array(list("abcdef")))
     error("two arrays for key 'image'", "f", image=IMAGES, images=IMAGES)
 
@@ -187,6 +211,16 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", images=IMAGES)
     with pytest.raises(DataError, match="has the key 'images'; expected SPLIT_KEY"):
         build(tmp_path / "odd.npz")
+    whole = (tmp_path / "odd.npz").read_bytes()
+    for content in (whole[:-30], b"hello"):
+        (tmp_path / "odd.npz").write_bytes(content)
+        with pytest.raises(DataError, match="is no .npz file, or it is cut off; expected one of numpy.savez"):
+            build(tmp_path / "odd.npz")
+    np.save(tmp_path / "image.npy", IMAGES)
+    with pytest.raises(
+        DataError, match="image.npy' is a single array; expected a .npz file with every split"
+    ):
+        build(tmp_path / "image.npy")
     folder = write_npy(tmp_path / "npy")
     file = folder / "train" / "image.npy"
     file.write_bytes(file.read_bytes()[:200])

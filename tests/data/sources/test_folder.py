@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
     renamed = build(tmp_path).fingerprint
     file.with_name("3.png").write_bytes(b"other")
     assert len({before, renamed, build(tmp_path).fingerprint}) == 3
+
+
+def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
+    write(tmp_path, BOTH)
+    before = build(tmp_path).fingerprint
+    content = (tmp_path / "train" / "ant" / "b.png").read_bytes()
+    with open(os.fsencode(tmp_path / "train" / "ant") + b"/\xff.png", "wb") as file:
+        file.write(content)
+    source = build(tmp_path)
+    assert source.splits["train"] == 6 and source.fingerprint != before
+    assert source.split("train")[3]["image"] == content
 
 
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:

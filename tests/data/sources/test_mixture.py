@@ -10,6 +10,7 @@ import pytest
 from tests.data import tiny_tfds
 from tokenlab import data
 from tokenlab.core.errors import ConfigError, DataError, NameLookupError
+from tokenlab.data.pipeline import Parts
 from tokenlab.data.source import Source
 from tokenlab.data.sources import mixture
 
@@ -124,6 +125,17 @@ def test_a_mixture_of_mixtures(tmp_path: Path) -> None:
     assert source.parts("train") == ((6, 0.5), (6, 1.5), (6, 1.0))
 
 
+def test_weights_too_large_to_be_added(tmp_path: Path) -> None:
+    heavy = [arrays(tmp_path, name, weight=1e308) for name in "ab"]
+    for source in (
+        build(*heavy),
+        build({"name": "mixture", "parts": tuple(heavy), "weight": 1e308}, heavy[0]),
+    ):
+        parts = Parts.of(source, "train")
+        of, _ = parts.assign(0, np.arange(Parts.GROUP))
+        assert np.bincount(of).tolist() == ([2048, 2048] if len(parts.sizes) == 2 else [1024, 1024, 2048])
+
+
 def test_splits_of_the_mixture_are_refused_as_they_would_lose_its_weights(tmp_path: Path) -> None:
     parts = (arrays(tmp_path, "a"), arrays(tmp_path, "b", weight=9))
     with pytest.raises(
@@ -146,7 +158,11 @@ def test_splits_of_the_mixture_are_refused_as_they_would_lose_its_weights(tmp_pa
             ConfigError,
             r"parts\[1\]\.transform is about the pipeline.*config\.data\.transform",
         ),
-        ({"name": "arays"}, NameLookupError, "Did you mean 'arrays'"),
+        (
+            {"name": "arays"},
+            NameLookupError,
+            r"parts\[1\]\.name is 'arays'; expected the name of a source\. Did you mean 'arrays'",
+        ),
     ],
 )
 def test_mistakes_in_a_part(

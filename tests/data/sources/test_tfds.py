@@ -15,7 +15,7 @@ from tests.data import tiny_tfds
 from tokenlab import data
 from tokenlab.core.errors import ConfigError, DataError
 from tokenlab.data import prepared
-from tokenlab.data.source import Source
+from tokenlab.data.source import FileError, Source
 from tokenlab.data.sources import tfds
 
 REAL = os.environ.get("TFDS_DATA_DIR", "")
@@ -259,11 +259,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     file.write_bytes(content[:middle])
     with pytest.raises(DataError) as error:
         build(tmp_path).split("train")[0]
-    assert f"split 'train': record 0 (file '{file.name}'): the file is cut off" in one_line(error)
+    assert f"split 'train': file '{file.name}': it is cut off" in one_line(error)
+    assert isinstance(error.value, FileError)
+    records = build(tmp_path).split("train")
     file.unlink()
+    with pytest.raises(FileError) as error:
+        records[3]
+    assert f"file '{file.name}': it is missing; expected 40" in one_line(error)
     with pytest.raises(DataError) as error:
-        build(tmp_path).split("train")[3]
-    assert f"record 3 (file '{file.name}'): the file is missing; expected 40" in one_line(error)
+        build(tmp_path)
+    assert f"files are missing, the first '{file.name}'; prepare the set anew" in one_line(error)
 
 
 def test_broken_descriptions(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ Laid out as one of
 - `path.npz` with `SPLIT_image(s)` and `SPLIT_label(s)` (as MedMNIST has it), or x_train, y_train, x_test, y_test.
 
 `classes.txt`, a name a line, in the folder (or beside the .npz) names the classes. Keys "images", "x" are "image", and
-"labels", "y" are "label". Images [n, H, W] get a channel axis, labels [n, 1] lose theirs; integer labels are given as
-int32 and floats of other widths as float32.
+"labels", "y" are "label". Images are uint8 or floats; [n, H, W] get a channel axis. Labels are integers [n] or [n, 1],
+given as int32; floats of other widths are given as float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from tokenlab.core.errors import DataError
 from tokenlab.data.source import Batch, DataConfig, Records, Spec, check_split
 
 KEYS = {"images": "image", "x": "image", "labels": "label", "y": "label"}
+KNOWN_KEYS = ("image", "label", *KEYS)
+MOST_CLASSES = 2**31 - 1
+"""Labels are given as int32."""
+
 SAMPLED_ROWS = 256
 """Rows of a .npy file that go into the fingerprint."""
 
@@ -119,7 +123,7 @@ class NumpySource:
             specs[split] = {key: (column.row, column.dtype) for key, column in self._columns[split].items()}
             for key, column in sorted(found.items()):
                 _update(digest, split, key, column, arrays[key])
-            if specs[split].get("label", ((0,), ""))[1] == "int32":
+            if "label" in arrays:
                 labels[split] = np.asarray(arrays["label"]).reshape(-1)
         first = next(iter(specs))
         for split, spec in specs.items():
@@ -185,17 +189,15 @@ def _columns(root: Path) -> dict[str, dict[str, Column]]:
         found[split][key] = column
 
     if root.is_file():
-        for member in _members(root):
-            if match := re.fullmatch(r"(?P<key>[xy])_(?P<split>\w+)|(?P<split2>\w+?)_(?P<key2>\w+)", member):
-                add(
-                    match["split"] or match["split2"],
-                    match["key"] or match["key2"],
-                    Column(str(root), member),
-                )
-            else:
+        members = _members(root)
+        known = {split for split, key in map(_split_and_key, members) if key in KNOWN_KEYS}
+        for member in members:
+            split, key = _split_and_key(member, known)
+            if not split or not key:
                 raise DataError(
                     f"{str(root)!r} has the key {member!r}; expected SPLIT_KEY such as train_image."
                 )
+            add(split, key, Column(str(root), member))
     elif root.is_dir():
         for path in sorted(root.iterdir()):
             if path.suffix == ".npz":
@@ -213,7 +215,33 @@ def _columns(root: Path) -> dict[str, dict[str, Column]]:
     return found
 
 
+def _split_and_key(member: str, splits: Collection[str] = ()) -> tuple[str, str]:
+    """The two halves of "train_image", "my_train_image" or "x_train"; empty where it is not of this form.
+
+    Args:
+      member: name of an array.
+      splits: known from other arrays; an array of another key than those of images and labels belongs to the longest
+        that its name begins with, else its split ends at the first "_".
+    """
+    if match := re.fullmatch(rf"(\w+)_({'|'.join(KNOWN_KEYS)})", member):
+        return match[1], match[2]
+    if match := re.fullmatch(r"([xy])_(\w+)", member):
+        return match[2], match[1]
+    for split in sorted(splits, key=len, reverse=True):
+        if member.startswith(f"{split}_"):
+            return split, member.removeprefix(f"{split}_")
+    match = re.fullmatch(r"(\w+?)_(\w+)", member)
+    return (match[1], match[2]) if match else ("", "")
+
+
 def _members(file: Path) -> list[str]:
+    if file.suffix == ".npy":
+        raise DataError(
+            f"config.data.path: {str(file)!r} is a single array; expected a .npz file with every split, or a folder "
+            "with SPLIT/KEY.npy such as train/image.npy."
+        )
+    if not zipfile.is_zipfile(file):
+        raise DataError(f"{str(file)!r} is no .npz file, or it is cut off; expected one of numpy.savez.")
     try:
         with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             return list(arrays.files)
@@ -236,16 +264,20 @@ def _described(split: str, key: str, column: Column, array: np.ndarray) -> Colum
     row, kind = array.shape[1:], array.dtype.kind
     if kind not in "biuf":
         raise DataError(f"{column.file!r}: {key!r} of split {split!r} is {array.dtype}; expected numbers.")
-    if key == "label" and row == (1,):
-        row = ()
+    if key == "label" and (kind == "f" or row not in ((), (1,))):
+        raise DataError(
+            f"{column.file!r}: label of split {split!r} is {array.dtype}{list(array.shape)}; expected integers [n]: of "
+            "one-hot labels .argmax(axis=1), and for other targets another key."
+        )
+    if key == "image" and kind != "f" and array.dtype != np.uint8:
+        raise DataError(
+            f"{column.file!r}: image of split {split!r} is {array.dtype}{list(array.shape)}; expected uint8 or floats: "
+            "bring it to 0 to 255 and save it with .astype(np.uint8)."
+        )
+    if key == "label":
+        return replace(column, dtype="int32", row=())
     if key == "image" and len(row) == 2:
         row = (*row, 1)
-    if key == "label" and kind in "biu":
-        if row:
-            raise DataError(
-                f"{column.file!r}: labels of split {split!r} are {list(array.shape)}; expected [n] or [n, 1]."
-            )
-        return replace(column, dtype="int32", row=row)
     return replace(column, dtype="float32" if kind == "f" else array.dtype.name, row=row)
 
 
@@ -270,10 +302,10 @@ def _class_names(root: Path) -> tuple[str, ...] | None:
 def _num_classes(
     name: str, labels: Mapping[str, np.ndarray], given: int | None, class_names: tuple[str, ...] | None
 ) -> int | None:
-    """The number of classes, after checking that every label is below it; None without integer labels."""
+    """The number of classes, after checking that every label is below it; None without labels."""
     if not labels:
         if given is not None or class_names is not None:
-            raise DataError(f"{name!r} has no integer labels; expected them with num_classes or classes.txt.")
+            raise DataError(f"{name!r} has no labels; expected them with num_classes or classes.txt.")
         return None
     if given is not None and class_names is not None and given != len(class_names):
         raise DataError(
@@ -285,6 +317,7 @@ def _num_classes(
         number = (
             int(max(array.max() for array in ([counted] if counted is not None else labels.values()))) + 1
         )
+    number = min(number, MOST_CLASSES)
     for split, array in labels.items():
         outside = np.flatnonzero((array < 0) | (array >= number))
         if len(outside):

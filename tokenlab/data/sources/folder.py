@@ -81,7 +81,7 @@ class FolderSource:
                         f"{str(root / split / name)!r} holds no picture: expected {', '.join(SUFFIXES)} files."
                     )
                 for file, size in found:
-                    digest.update(f"{split}/{name}/{file}:{size};".encode())
+                    digest.update(os.fsencode(f"{split}/{name}/{file}:{size};"))  # a name may be no UTF-8
                 files += [f"{name}/{file}" for file, _ in found]
                 labels += [label] * len(found)
             self._records[split] = FolderRecords(str(root / split), files, np.array(labels, dtype=np.int32))

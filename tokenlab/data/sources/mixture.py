@@ -21,7 +21,7 @@ from tokenlab.core import config as core_config
 from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, DataError, suggest
 from tokenlab.data.joined import JoinedRecords, Stretch
-from tokenlab.data.source import ENCODED, DataConfig, Records, Source, Spec, check_split
+from tokenlab.data.source import ENCODED, DataConfig, Records, Source, Spec, check_name, check_split
 from tokenlab.data.splits import sliced
 
 SOURCES = "tokenlab.data.sources"
@@ -77,6 +77,7 @@ def _part(part: Mapping[str, Any], path: str) -> tuple[Source, float]:
             raise ConfigError(
                 f"{path}.{key} is about the pipeline, which the parts share: set config.data.{key}."
             )
+    check_name(name, names.list_modules(SOURCES), f"{path}.name")
     cls = names.find_attr(SOURCES, name, "Config")
     allowed = {field.name for field in fields(cls)} - shared | {"weight"}  # type: ignore[arg-type]
     for key in rest:
@@ -130,8 +131,9 @@ class MixtureSource:
         found: list[tuple[int, float]] = []
         for source, weight in zip(self._sources, self._weights, strict=True):
             own = source.parts(split) if isinstance(source, MixtureSource) else ((source.splits[split], 1.0),)
-            whole = math.fsum(share for _, share in own)
-            found += [(size, weight * share / whole) for size, share in own]
+            largest = max(share for _, share in own)  # a sum of large ones may be more than a float holds
+            whole = math.fsum(share / largest for _, share in own)
+            found += [(size, weight * (share / largest) / whole) for size, share in own]
         return tuple(found)
 
     def split(self, name: str) -> Records:

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 
 from tokenlab.core.errors import DataError, suggest
 from tokenlab.data import example, prepared
-from tokenlab.data.source import ENCODED, Batch, DataConfig, Records, Spec, check_split
+from tokenlab.data.source import ENCODED, Batch, DataConfig, FileError, Records, Spec, check_split
 
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 """What array_record itself recommends for reading at random."""
@@ -105,6 +105,7 @@ class TfdsSource:
         self.class_names = found.class_names(label) if label else None
         self._shards = found.splits
         self.splits = found.counts()
+        _check_files(where, found)
         for split, count in self.splits.items():
             if not count:
                 raise DataError(f"{where}: split {split!r} is empty.")
@@ -118,6 +119,18 @@ class TfdsSource:
         """See `Source.split`."""
         check_split(self, name)
         return TfdsRecords(f"{self.name!r}, split {name!r}", self._shards[name], self.fields)
+
+
+def _check_files(where: str, found: prepared.Prepared) -> None:
+    """Every file of every split is there. Their folders are listed once, as a bucket answers that at once."""
+    paths = [epath.Path(shard.path) for shards in found.splits.values() for shard in shards]
+    there = {folder: {path.name for path in folder.iterdir()} for folder in {path.parent for path in paths}}
+    missing = sorted(path.name for path in paths if path.name not in there[path.parent])
+    if missing:
+        raise DataError(
+            f"{where}: {len(missing)} of its {len(paths)} files are missing, the first {missing[0]!r}; prepare the set "
+            "anew, or copy it as a whole."
+        )
 
 
 def _keys(
@@ -253,7 +266,7 @@ class TfdsRecords:
         for number in np.unique(which).tolist():
             rows = np.flatnonzero(which == number)
             first = int(self._ends[number]) - self._shards[number].length
-            reader = self._reader(number, int(indices[rows[0]]))
+            reader = self._reader(number)
             places = (indices[rows] - first).tolist()
             try:
                 records = reader.read(places)
@@ -269,8 +282,8 @@ class TfdsRecords:
         except RuntimeError as error:
             raise self._error(first + place, str(error)) from None
 
-    def _reader(self, number: int, index: int) -> Any:
-        """The opened file `number`; `index` is the record it is wanted for, for the message."""
+    def _reader(self, number: int) -> Any:
+        """The opened file `number`."""
         if number in self._readers:
             return self._readers[number]
         from array_record.python.array_record_module import ArrayRecordReader
@@ -282,13 +295,17 @@ class TfdsRecords:
                     reader = ArrayRecordReader(shard.path, options=READER_OPTIONS)
                     length = reader.num_records()
                 except RuntimeError as error:
-                    raise self._error(index, str(error)) from None
+                    raise self._file_error(shard, str(error)) from None
                 if length != shard.length:
                     there = epath.Path(shard.path).exists()
                     what = f"is cut off or damaged: it shows {length} records" if there else "is missing"
-                    raise self._error(index, f"the file {what}; expected {shard.length} records")
+                    raise self._file_error(shard, f"it {what}; expected {shard.length} records")
                 self._readers[number] = reader
         return self._readers[number]
+
+    def _file_error(self, shard: prepared.Shard, why: str) -> FileError:
+        why = " ".join(why.split())
+        return FileError(f"TFDS set {self._where}: file {Path(shard.path).name!r}: {why}")
 
     def _error(self, index: int, why: str) -> DataError:
         shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
