@@ -316,7 +316,7 @@ COMMANDS: dict[str, Command] = {
         (
             _CONFIG,
             Flag("workdir", "folder of the comparison; made when missing", "DIR", required=True),
-            Flag("arms", "train only each N-th run, beginning with the I-th, as one of N machines", "I/N"),
+            Flag("arms", "train only the I-th of N shares of the runs, as one of N machines", "I/N"),
             Flag("arm", "train only this arm", "NAME"),
             Flag("report", "train nothing: collect the finished runs and write the report"),
         ),

@@ -57,6 +57,7 @@ def setting() -> Setting:
 
 
 RECORD = {
+    "format": 1,
     "name": "keep after 4",
     "stack": "block*4 + keep(0.5) + block*8",
     "mode": "train",

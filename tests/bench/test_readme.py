@@ -9,6 +9,7 @@ import pytest
 
 from tests.bench.conftest import RECORDS
 from tokenlab.bench import readme
+from tokenlab.core.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = f"# A\n\n{readme.BEGIN}\nold\n{readme.END}\n\nb\n"
@@ -52,8 +53,10 @@ def test_without_records_it_says_how_to_make_them(checkout) -> None:
         ('[{"stack"', "cannot read"),
         ("{}", "holds no list of records"),
         ("[]", "holds no list of records"),
-        ("[3]", "a record without flops_ratio, mode"),
-        (json.dumps([{k: v for k, v in RECORDS[0].items() if k != "mode"}]), "a record without mode"),
+        ("[3]", "a record of format None; expected 1"),
+        (json.dumps([{**RECORDS[0], "format": 2}]), "a record of format 2; expected 1"),
+        (json.dumps([{**RECORDS[0], "versions": {}}]), "a record without versions.jax"),
+        (json.dumps([{"format": 1}]), "a record without stack, mode, execution"),
     ],
 )
 def test_other_files_are_told_and_nothing_is_written(checkout, capsys, content, message) -> None:
@@ -62,6 +65,17 @@ def test_other_files_are_told_and_nothing_is_written(checkout, capsys, content, 
     error = capsys.readouterr().err
     assert message in error and "odd.json" in error
     assert (checkout / "README.md").read_text() == PAGE
+
+
+@pytest.mark.parametrize("key", sorted(set(RECORDS[0]) - {"format"}))
+def test_a_key_that_is_missing_is_named_or_not_needed(checkout, key) -> None:
+    file = checkout / "benchmarks" / "odd.json"
+    file.write_text(json.dumps([{k: v for k, v in record.items() if k != key} for record in RECORDS]))
+    if key in readme.KEYS:
+        with pytest.raises(DataError, match=f"odd.json: a record without {key};"):
+            readme.render(checkout / "benchmarks")
+    else:
+        readme.render(checkout / "benchmarks")
 
 
 @pytest.mark.parametrize("page", ["", readme.BEGIN, f"{readme.END}\n{readme.BEGIN}", PAGE + PAGE])

@@ -14,8 +14,7 @@ from scipy import stats
 from tests.compare.conftest import small
 from tokenlab import cli, train
 from tokenlab.compare import command, results
-from tokenlab.core.config import override
-from tokenlab.core.errors import ConfigError, DataError
+from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 
 TIMES = ("seconds", "step_seconds")
 
@@ -120,10 +119,100 @@ def test_a_changed_arm_is_told_apart(finished: Path, tmp_path: Path) -> None:
 
 def test_shares_of_the_runs_make_the_whole(finished: Path, tmp_path: Path) -> None:
     first = command.run(small(), tmp_path, share=(1, 2))
-    assert [[run["seed"] for run in arm["runs"]] for arm in first["arms"]] == [[0], [0]]
+    assert [[run["seed"] for run in arm["runs"]] for arm in first["arms"]] == [[0, 1], []]
     both = command.run(small(), tmp_path, share=(2, 2), command="tokenlab compare --config=x.py")
     whole = json.loads((finished / "results.json").read_text())
     assert without_times(json.loads(json.dumps(both))) == without_times(whole)
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(7, 3), (2, 3), (1, 5)])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 40])
+def test_shares_are_of_whole_arms_where_there_are_enough(arms: int, seeds: int, n: int) -> None:
+    shares = [command.share_of(range(arms), range(seeds), i, n) for i in range(1, n + 1)]
+    every = [(arm, seed) for arm in range(arms) for seed in range(seeds)]
+    assert sorted(run for share in shares for run in share) == every
+    whole = all(len(share) == seeds * len({arm for arm, _ in share}) for share in shares)
+    assert whole or n > arms
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_an_arm_that_diverges_does_not_end_the_others(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    for arm in (folder / "arms").iterdir():
+        shutil.rmtree(arm / "seed_1")
+    real = train.run
+
+    def diverging(config: Any, where: Path, **kwargs: Any) -> Any:
+        if "dense" in str(where):
+            where.mkdir(parents=True)
+            raise NonFiniteError("step 3: loss is not finite.")
+        return real(config, where, **kwargs)
+
+    monkeypatch.setattr(train, "run", diverging)
+    with pytest.raises(NonFiniteError, match="dense, seed 1 diverged.*tries again"):
+        command.run(small(), folder)
+    said = json.loads((folder / "results.json").read_text())
+    assert [arm["status"] for arm in said["arms"]] == ["diverged", "finished"]
+    assert said["notes"] == ["dense, seed 1 diverged: step 3: loss is not finite."]
+    for page in ("index.html", "table.md"):
+        assert "dense diverged: 1 of 2 seeds have a result." in (folder / "report" / page).read_text()
+    assert command.run(small(), folder, training=False)["arms"][0]["status"] == "diverged"
+    monkeypatch.setattr(train, "run", lambda *_, **__: None)  # is tried again, and stopped
+    assert command.run(small(), folder)["arms"][0]["status"] == "partial"
+
+
+def edited(finished: Path, folder: Path, change: Any) -> dict[str, Any]:
+    """Results of a copy of the comparison, after run.json of the last run was changed."""
+    shutil.copytree(finished, folder)
+    path = (
+        folder
+        / json.loads((folder / "results.json").read_text())["arms"][1]["runs"][1]["workdir"]
+        / "run.json"
+    )
+    said = json.loads(path.read_text())
+    change(said)
+    path.write_text(json.dumps(said))
+    return command.run(small(), folder, training=False)
+
+
+def test_device_and_versions_are_those_of_the_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = results.environment()
+    monkeypatch.setattr(results, "environment", lambda: pytest.fail("of the process that reports"))
+    found = edited(
+        finished, tmp_path / "copy", lambda run: run["environment"].update(device="chip", jax="9.9")
+    )
+    assert found["device"] == f"{here['device']}, chip" and found["versions"] == here
+    assert found["arms"][1]["runs"][1]["environment"] == {**here, "device": "chip", "jax": "9.9"}
+    differ = f"jax ({here['jax']}, 9.9), device ({here['device']}, chip)"
+    assert found["notes"] == [f"The runs differ in {differ}: their times and memory are not comparable."]
+
+
+def test_peak_memory_is_the_most_of_all_sessions_and_runs(finished: Path, tmp_path: Path) -> None:
+    def stopped(run: dict[str, Any]) -> None:
+        run["history"] = [{"peak_bytes": {"": 7_000_000}}, {"started": "then"}]
+
+    keep = edited(finished, tmp_path / "copy", stopped)["arms"][1]
+    assert keep["runs"][0]["peak_bytes"] < keep["runs"][1]["peak_bytes"] == keep["peak_bytes"] == 7_000_000
+
+
+def test_seconds_a_step_of_few_records() -> None:
+    records = [
+        {"split": "train", "step": step, "seconds": seconds} for step, seconds in ((2, 9.0), (4, 10.0))
+    ]
+    assert results._step_seconds(records, records[-1]) == 2.5
+    records.append({"split": "train", "step": 6, "seconds": 11.5})
+    assert results._step_seconds(records, records[-1]) == pytest.approx(0.625)
+
+
+def test_pictures_are_as_many_as_asked_for(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    drawn = [command.run(small(pictures=n), folder, training=False)["arms"][1]["pictures"] for n in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert all((folder / path).stat().st_size for (path,) in drawn)
 
 
 def test_one_arm_alone(tmp_path: Path) -> None:
@@ -183,4 +272,3 @@ def test_an_interval_needs_two_values() -> None:
     found = results.interval(values)
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert (found["low"], found["high"]) == pytest.approx((low, high))
-    assert override(small(), {"seeds": "(0, 1, 2)"}).seeds == (0, 1, 2)

@@ -67,6 +67,10 @@ def test_wrong_comparisons(changes: dict[str, Any], expected: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_defaults_have_no_arms_yet() -> None:
+def test_the_defaults_have_neither_arms_nor_a_base() -> None:
+    config = default_config()
     with pytest.raises(ConfigError, match="config.arms is empty"):
-        to_dataclass(CompareConfig, default_config())
+        to_dataclass(CompareConfig, config)
+    config.arms = ({"name": "dense", "model.stack": "block"},)
+    with pytest.raises(ConfigError, match=r"config.base is empty: .*load\('configs/quickstart.py'\)"):
+        to_dataclass(CompareConfig, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_a_device_that_shows_an_instruction_in_two_lanes_is_read_once() -> None:
     assert line.milliseconds == pytest.approx(0.13)
 
 
+def test_instructions_of_another_program_are_left_out() -> None:
+    events = [
+        event("dot.1", 100, args={"hlo_op": "dot.1", "hlo_module": "jit_train_step"}),
+        event("dot.1", 900, args={"hlo_op": "dot.1", "hlo_module": "jit_eval_step"}),
+        event("dot.1", 30),  # does not say
+    ]
+    (line,) = aggregate(events, PROGRAM, steps=1, module="jit_train_step")
+    assert line.milliseconds == pytest.approx(0.13)
+
+
 def test_the_summary_names_the_ten_longest() -> None:
     lines = [profile.Line(f"op{number}", 20.0 - number, 1.0) for number in range(12)]
     text = render(lines, 3)
@@ -146,6 +157,10 @@ def test_training_is_the_same_with_a_profile(tmp_path) -> None:
     summary = (profiled / "profile" / profile.SUMMARY).read_text()
     assert "means of 3 steps" in summary and "backward block_*/" in summary
     (folder,) = (profiled / "profile" / "plugins" / "profile").iterdir()
+    (trace,) = folder.glob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    programs = {event["args"]["hlo_module"] for event in events if "hlo_module" in event.get("args", {})}
+    assert {"jit_train_step", "jit_eval_step"} <= programs  # one was evaluated between the steps
     assert (folder / "perfetto_trace.json.gz").stat().st_size > 1000 and list(folder.glob("*.xplane.pb"))
 
 

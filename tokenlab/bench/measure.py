@@ -15,6 +15,7 @@ import numpy as np
 from tokenlab.bench import timing
 from tokenlab.bench.arm import Arm, Mode, Setting, Shelf, prepare_each
 from tokenlab.bench.statistics import realised, time_ratio
+from tokenlab.bench.table import FORMAT
 from tokenlab.core import huge_pages
 from tokenlab.core.errors import ConfigError, CostError
 from tokenlab.cost import Peaks, lookup, measure_peaks, roofline
@@ -143,6 +144,7 @@ def _record(
     rate = flops / step_seconds
     facts = environment()
     return {
+        "format": FORMAT,
         "name": name,
         "stack": arm.model.stack_text,
         "baseline": baseline,

@@ -26,6 +26,29 @@ COLUMNS = (
     "of measured peak",
     "of datasheet",
 )
+KEYS = (
+    "stack",
+    "mode",
+    "execution",
+    "flops_ratio",
+    "time_ratio",
+    "realised",
+    "realised_low",
+    "realised_high",
+    "mfu",
+    "mfu_datasheet",
+    "size",
+    "dtype",
+    "batch_size",
+    "rounds",
+    "platform",
+    "device",
+    "devices",
+    "cores",
+    "versions",
+)
+"""What the tables read of a record."""
+
 NOTHING = "No measurements yet: `tokenlab benchmark --suite=core --json=benchmarks/NAME.json` makes them."
 
 
@@ -47,20 +70,18 @@ def read(file: Path) -> list[dict]:
         raise DataError(
             f"cannot read {file}: {error}; expected what `tokenlab benchmark --json` writes."
         ) from error
-    wanted = {
-        "stack",
-        "mode",
-        "flops_ratio",
-        "time_ratio",
-        "realised",
-        "realised_low",
-        "realised_high",
-        "versions",
-    }
     if not isinstance(records, list) or not records:
         raise DataError(f"{file} holds no list of records: expected what `tokenlab benchmark --json` writes.")
     for record in records:
-        missing = sorted(wanted - set(record)) if isinstance(record, dict) else sorted(wanted)
+        said = record.get("format") if isinstance(record, dict) else None
+        if said != table.FORMAT:
+            raise DataError(
+                f"{file}: a record of format {said!r}; expected {table.FORMAT}: measure again with "
+                "`tokenlab benchmark --json`."
+            )
+        missing = [key for key in KEYS if key not in record]
+        if not missing and (not isinstance(record["versions"], dict) or "jax" not in record["versions"]):
+            missing = ["versions.jax"]
         if missing:
             raise DataError(
                 f"{file}: a record without {', '.join(missing)}; measure again with `tokenlab benchmark --json`."

@@ -13,6 +13,9 @@ from rich.table import Table
 
 from tokenlab.cost import pretty
 
+FORMAT = 1
+"""Of the records."""
+
 Record = Mapping[str, Any]
 
 _WIDE = Console(width=1000, file=io.StringIO())  # only measures

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +16,20 @@ from ml_collections.config_dict import ConfigDict
 
 from tokenlab import data
 from tokenlab.compare import budget
-from tokenlab.compare.config import Budget, CompareConfig
-from tokenlab.core.config import override, to_json
+from tokenlab.compare.config import CompareConfig
+from tokenlab.core.config import diff, flatten, override, to_json
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.train import experiment as experiments
 from tokenlab.train.experiment import Experiment
-from tokenlab.train.records import write_json
+from tokenlab.train.records import MAY_CHANGE, write_json
 
 PLAN, FORMAT = "plan.json", 1
+
+NO_PART = frozenset({"seed", *MAY_CHANGE} - {"steps"})
+"""Keys that are no part of an arm's hash: what is learned does not depend on them, or each run has its own."""
+
+TRAINING_DATA = frozenset({"data.transform", *MAY_CHANGE})
+"""Keys of `data` in which arms may differ."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +41,14 @@ class Arm:
       changes: dotted key -> value, what it changes in the base configuration.
       config: of its runs, but for the seed.
       source: its data; arms with the same settings share one.
-      step_seconds: measured before training, for a budget of seconds.
+      step_seconds: measured before training for each set of numbers in the stack, for a budget of seconds.
     """
 
     name: str
     changes: Mapping[str, Any]
     config: ConfigDict
     source: data.Dataset
-    step_seconds: float | None = None
+    step_seconds: Mapping[str, float] | None = None
 
     @property
     def steps(self) -> int:
@@ -49,8 +57,9 @@ class Arm:
 
     @property
     def hash(self) -> str:
-        """Of the configuration without the seed, 8 hexadecimal digits."""
-        return _hash(self.config)
+        """Of the configuration without `NO_PART`, 8 hexadecimal digits."""
+        parts = {key: value for key, value in flatten(self.config) if key not in NO_PART}
+        return hashlib.sha256(to_json(parts).encode()).hexdigest()[:8]
 
     @property
     def folder(self) -> str:
@@ -64,56 +73,76 @@ class Arm:
     @cached_property
     def experiment(self) -> Experiment:
         """The arm's parts, built once for all seeds. Raises what is wrong, with the arm's name."""
-        try:
+        with _named(self.name):
             return experiments.build(self.config, source=self.source)
-        except TokenLabError as error:
-            raise type(error)(f"arm {self.name!r}: {error}") from error
 
 
-def resolve(config: CompareConfig, folder: Path) -> list[Arm]:
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors in the block say which arm they are about."""
+    try:
+        yield
+    except TokenLabError as error:
+        raise type(error)(f"arm {name!r}: {error}") from error
+
+
+def resolve(config: CompareConfig, folder: Path, *, measure: bool = True) -> tuple[list[Arm], float]:
     """The arms of a comparison with their steps, as the plan in `folder` says them or newly solved.
 
-    The plan is written before anything is trained. Of an arm that is in it unchanged the steps are taken from there,
-    so that a measured budget is measured once.
+    The plan is written before anything is trained. It keeps what was solved for other budgets and for arms that are
+    left out, so that a measured budget is measured once.
+
+    Args:
+      config: the comparison.
+      folder: of it.
+      measure: whether arms may be timed, where the budget is of seconds and the plan does not know them.
+
+    Returns:
+      The arms, and the amount of the budget.
 
     Raises:
       ConfigError: what is wrong with an arm, which is named, or with the budget.
-      DataError: the plan in the folder cannot be read, or is of another format.
+      DataError: the plan in the folder cannot be read, is of another format, or lacks what may not be measured.
     """
     base = ConfigDict(dict(config.base))
     sources: dict[str, data.Dataset] = {}
     arms: dict[str, Arm] = {}
     for given in config.arms:
         changes = {key: value for key, value in given.items() if key != "name"}
-        try:
+        with _named(given["name"]):
             changed = budget.scalable(override(base, changes))
             key = to_json(changed.data)
             if key not in sources:
                 sources[key] = data.build(changed.data)
             arms[given["name"]] = Arm(given["name"], changes, changed, sources[key])
-        except TokenLabError as error:
-            raise type(error)(f"arm {given['name']!r}: {error}") from error
     _distinct(arms)
-    plan = _read(folder / PLAN)
-    known = _known(plan, config, arms)
-    solved = _solved(arms, config, known)
+    _measured_alike(arms, config.baseline)
+    asked = _asked(config, arms)
+    plans = _read(folder / PLAN)
+    found = next(
+        (plan for plan in plans if plan["asked"] == asked), {"asked": asked, "amount": None, "arms": {}}
+    )
+    new = {name: arm for name, arm in arms.items() if arm.hash not in found["arms"]}
+    if new and config.budget.kind == "seconds" and not measure:
+        raise DataError(
+            f"{folder / PLAN} does not say how many steps arm {next(iter(new))!r} trains, and a report measures "
+            "nothing: copy plan.json beside the arms."
+        )
+    plan = _solved(found, new, config) if new else found
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"cannot make {folder}: {error.strerror}; expected a folder to write to."
         ) from error
-    write_json(folder / PLAN, _plan(config, arms, solved))
-    return [
-        Arm(
-            name,
-            arm.changes,
-            override(arm.config, {"steps": solved[name]["steps"]}),
-            arm.source,
-            solved[name]["step_seconds"],
-        )
-        for name, arm in arms.items()
-    ]
+    others = [other for other in plans if other is not found]
+    write_json(folder / PLAN, {"format": FORMAT, **plan, "others": others})
+    ready = []
+    for name, arm in arms.items():
+        entry = plan["arms"][arm.hash]
+        settled = override(arm.config, {"steps": entry["steps"]})
+        ready.append(Arm(name, arm.changes, settled, arm.source, entry["step_seconds"]))
+    return ready, plan["amount"]
 
 
 def _distinct(arms: Mapping[str, Arm]) -> None:
@@ -122,19 +151,31 @@ def _distinct(arms: Mapping[str, Arm]) -> None:
     for name, arm in arms.items():
         if arm.hash in seen:
             raise ConfigError(
-                f"arms {seen[arm.hash]!r} and {name!r} have the same configuration: leave one of them out."
+                f"arms {seen[arm.hash]!r} and {name!r} have the same configuration, apart from keys that change no "
+                "result: leave one of them out."
             )
         seen[arm.hash] = name
 
 
-def _known(
-    plan: Mapping[str, Any], config: CompareConfig, arms: Mapping[str, Arm]
-) -> dict[str, dict[str, Any]]:
-    """What the plan says of arms that are as they were, under the same budget."""
-    if plan.get("asked") != _asked(config, arms):
-        return {}
-    before = {name: entry for name, entry in plan["arms"].items() if name in arms}
-    return {name: entry for name, entry in before.items() if entry["before"] == arms[name].hash}
+def _measured_alike(arms: Mapping[str, Arm], baseline: str) -> None:
+    """The quality of all arms is measured on the same examples, in the same way."""
+    wanted = _measured(arms[baseline])
+    for name, arm in arms.items():
+        if changes := diff(wanted, _measured(arm)):
+            raise ConfigError(
+                f"arm {name!r} differs from {baseline!r} in {changes[0]}: expected the same in all arms, as quality is "
+                "measured by it; set it in config.base."
+            )
+
+
+def _measured(arm: Arm) -> dict[str, Any]:
+    """What quality is measured on: task, splits, and the data but for how the training images are changed."""
+    settings = {
+        "task": arm.config.task,
+        "eval": {key: arm.config.eval[key] for key in ("split", "final_split")},
+        "data": dataclasses.asdict(arm.source.config),
+    }
+    return {key: value for key, value in flatten(settings) if key not in TRAINING_DATA}
 
 
 def _asked(config: CompareConfig, arms: Mapping[str, Arm]) -> dict[str, Any]:
@@ -147,55 +188,45 @@ def _asked(config: CompareConfig, arms: Mapping[str, Arm]) -> dict[str, Any]:
     }
 
 
-def _solved(
-    arms: Mapping[str, Arm], config: CompareConfig, known: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Steps, and measured seconds a step, of every arm."""
-    kind = config.budget.kind
-    new = [name for name in arms if name not in known]
-    wanted = {*new, config.baseline} if config.budget.amount is None and new else {*new}
-    seconds: dict[str, float | None] = {name: entry["step_seconds"] for name, entry in known.items()}
+def _solved(plan: Mapping[str, Any], new: Mapping[str, Arm], config: CompareConfig) -> dict[str, Any]:
+    """A plan with the steps, and measured seconds a step, of further arms.
+
+    Where it knows no amount yet, it knows no arm either, and what the baseline spends is the amount.
+    """
+    kind, amount = config.budget.kind, plan["amount"]
+    seconds: dict[str, dict[str, float]] = {}
     if kind == "seconds":
-        to_time = {name: arms[name].experiment for name in arms if name in wanted and name not in known}
-        seconds |= budget.step_seconds(to_time)
-    spending = {name: budget.Spending(arms[name].experiment, kind, seconds.get(name)) for name in wanted}
-    found = {
-        name: {"steps": entry["steps"], "step_seconds": entry["step_seconds"]}
-        for name, entry in known.items()
-    }
-    if new:
-        total = amount(config.budget, spending.get(config.baseline), arms[config.baseline].steps)
-        for name in new:
-            steps = budget.solve(name, spending[name], kind, total)
-            found[name] = {"steps": steps, "step_seconds": seconds.get(name)}
-    return found
+        seconds = budget.step_seconds({name: arm.experiment for name, arm in new.items()})
+    spending = {name: budget.Spending(arm.experiment, kind, seconds.get(name)) for name, arm in new.items()}
+    if amount is None:
+        base = config.baseline
+        amount = spending[base](new[base].steps) if config.budget.amount is None else config.budget.amount
+    entries = dict(plan["arms"])
+    for name, arm in new.items():
+        steps = budget.solve(name, spending[name], kind, amount)
+        entries[arm.hash] = {"name": name, "steps": steps, "step_seconds": seconds.get(name)}
+    return {"asked": plan["asked"], "amount": amount, "arms": entries}
 
 
-def amount(wanted: Budget, baseline: budget.Spending | None, steps: int) -> float:
-    """What every arm may spend: what was asked for, or what the baseline spends in so many steps."""
-    return wanted.amount if wanted.amount is not None else baseline(steps)
-
-
-def _plan(config: CompareConfig, arms: Mapping[str, Arm], solved: Mapping[str, Any]) -> dict[str, Any]:
-    entries = {name: {"before": arms[name].hash, **solved[name]} for name in arms}
-    return {"format": FORMAT, "asked": _asked(config, arms), "arms": entries}
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> list[dict[str, Any]]:
+    """What was solved for each budget, that of the last call first; [] without a file."""
     if not path.exists():
-        return {}
+        return []
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; move it away to plan the comparison anew.") from error
-    if not isinstance(plan, dict) or plan.get("format") != FORMAT:
-        said = plan.get("format") if isinstance(plan, dict) else None
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
+        kind = said.get("format") if isinstance(said, dict) else None
         raise DataError(
-            f"{path} is of format {said!r}; expected {FORMAT}: give another --workdir, or move it away."
+            f"{path} is of format {kind!r}; expected {FORMAT}: give another --workdir, or move it away."
         )
-    return plan
-
-
-def _hash(config: ConfigDict) -> str:
-    known = override(config, {"seed": 0})
-    return hashlib.sha256(to_json(known).encode()).hexdigest()[:8]
+    try:
+        plans = [{key: plan[key] for key in ("asked", "amount", "arms")} for plan in (said, *said["others"])]
+        for entry in (entry for plan in plans for entry in plan["arms"].values()):
+            _ = entry["steps"], entry["step_seconds"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no whole plan ({type(error).__name__}: {error}); move it away to plan the comparison anew."
+        ) from error
+    return plans

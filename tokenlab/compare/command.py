@@ -17,10 +17,10 @@ from tokenlab.compare import report, results
 from tokenlab.compare.arms import Arm, resolve
 from tokenlab.compare.config import CompareConfig
 from tokenlab.core.config import to_dataclass
-from tokenlab.core.errors import ConfigError, DataError
+from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 from tokenlab.evaluate import tokens_picture
 from tokenlab.layers.program import ItemStep
-from tokenlab.train.records import write_json
+from tokenlab.train.records import write_atomic, write_json
 
 RESULTS = "results.json"
 
@@ -39,7 +39,7 @@ def run(
     Args:
       config: see `CompareConfig`.
       workdir: of the comparison: plan.json, arms/NAME-HASH/seed_N (the workdir of a run each), results.json, report/.
-      share: (i, n): of all runs only each n-th is trained, beginning with the i-th; 1 <= i <= n.
+      share: (i, n): only the i-th of n shares of the runs is trained, see `share_of`; 1 <= i <= n.
       arms: names of the arms to train; all when empty.
       training: False trains nothing, and reports what there is.
       command: that was given, for the report.
@@ -49,6 +49,7 @@ def run(
 
     Raises:
       TokenLabError: what is wrong, in one line. Whatever can be known before training is said before it.
+      NonFiniteError: runs diverged; the others were trained, and results and report written, before it is raised.
       SystemExit: a signal stopped a run, as in `train.run`; the same command goes on.
     """
     comparison = to_dataclass(CompareConfig, config)
@@ -58,37 +59,58 @@ def run(
         if name not in known:
             raise ConfigError(f"--arm={name!r} is the name of no arm; expected one of {', '.join(known)}.")
     _check_results(folder / RESULTS)
-    resolved = resolve(comparison, folder)
+    resolved, amount = resolve(comparison, folder, measure=training)
     for arm in resolved:
         _ = arm.experiment  # what is wrong with an arm is said before the first is trained
     console = Console()
+    diverged: list[str] = []
     if training:
         chosen = [arm for arm in resolved if not arms or arm.name in arms]
-        _train(chosen, comparison.seeds, folder, share, console)
-    found = results.collect(comparison, resolved, folder, command)
+        diverged = _train(share_of(chosen, comparison.seeds, *share), folder, console)
+    found = results.collect(comparison, resolved, amount, folder, command)
     if comparison.pictures:
         _draw(resolved, found, folder, comparison.pictures)
     write_json(folder / RESULTS, found)
     for path in (folder / RESULTS, *report.write(found, folder)):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(report.markdown(found), markup=False, highlight=False, soft_wrap=True)
+    if diverged:
+        raise NonFiniteError(
+            f"{'; '.join(diverged)} diverged, and the report is of the others; the same command tries again."
+        )
     return found
 
 
-def _train(
-    arms: Sequence[Arm], seeds: Sequence[int], folder: Path, share: tuple[int, int], console: Console
-) -> None:
-    """Train the runs that are not finished, arm by arm, so that the seeds of an arm share what is compiled."""
+def share_of(arms: Sequence[Arm], seeds: Sequence[int], i: int, n: int) -> list[tuple[Arm, int]]:
+    """The i-th of n shares of the runs: whole arms, or parts of arms where there are more shares than arms.
+
+    The seeds of an arm stay together, as they share what is compiled, and their times are compared.
+    """
+    if n <= len(arms):
+        return [(arm, seed) for arm in arms[i - 1 :: n] for seed in seeds]
     every = [(arm, seed) for arm in arms for seed in seeds]
-    mine = every[share[0] - 1 :: share[1]]
-    for number, (arm, seed) in enumerate(mine, 1):
+    return every[len(every) * (i - 1) // n : len(every) * i // n]
+
+
+def _train(runs: Sequence[tuple[Arm, int]], folder: Path, console: Console) -> list[str]:
+    """Train the runs that are not finished; says which of them diverged."""
+    diverged = []
+    for number, (arm, seed) in enumerate(runs, 1):
         where = folder / arm.folder / f"seed_{seed}"
-        title = f"{number}/{len(mine)}  {arm.name}, seed {seed}: {arm.steps} steps of {arm.experiment.model.stack_text}"
+        title = f"{number}/{len(runs)}  {arm.name}, seed {seed}: {arm.steps} steps of {arm.experiment.model.stack_text}"
         if results.finished(where, arm.steps):
             console.print(f"{title}: is done", markup=False, highlight=False, soft_wrap=True)
             continue
         console.rule(title, align="left", characters="-")
-        train.run(arm.run_config(seed), where, experiment=arm.experiment.with_seed(seed))
+        told = where / results.DIVERGED
+        told.unlink(missing_ok=True)
+        try:
+            train.run(arm.run_config(seed), where, experiment=arm.experiment.with_seed(seed))
+        except NonFiniteError as error:
+            write_atomic(told, f"{error}\n")
+            diverged.append(f"{arm.name}, seed {seed}")
+            console.print(f"diverged: {error}", markup=False, highlight=False, soft_wrap=True)
+    return diverged
 
 
 def _draw(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path, rows: int) -> None:
@@ -98,7 +120,8 @@ def _draw(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path, rows: int
         reduces = any(isinstance(step, ItemStep) and step.active for step in steps)
         if not reduces or not entry["runs"] or "image" not in arm.source.spec:
             continue
-        path = folder / "pictures" / f"{Path(arm.folder).name}.png"
+        seed = entry["runs"][0]["seed"]
+        path = folder / "pictures" / f"{Path(arm.folder).name}-seed_{seed}-{rows}.png"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             trained = evaluate.load(folder / entry["runs"][0]["workdir"])

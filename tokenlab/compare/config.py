@@ -66,6 +66,11 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.arms:
             raise ConfigError("config.arms is empty: expected an arm or more, each with a name.")
+        if not self.base:
+            raise ConfigError(
+                "config.base is empty: set config.base to the configuration of a run, such as "
+                "load('configs/quickstart.py')."
+            )
         for number, arm in enumerate(self.arms):
             _check_name(arm, f"config.arms[{number}]")
         names = [arm["name"] for arm in self.arms]

@@ -24,27 +24,33 @@ from tokenlab.train.records import environment, read_metrics, read_run
 FORMAT = 1
 CONFIDENCE = 0.95
 
+DIVERGED = "diverged.txt"
+"""In the folder of a run that ended because its values were no longer finite: the message that said so."""
+
 
 def finished(folder: Path, steps: int) -> bool:
     """Whether a run has done all its steps and saved the last."""
     return (folder / "checkpoints").is_dir() and steps in manifest.committed_steps(folder / "checkpoints")
 
 
-def collect(config: CompareConfig, arms: Sequence[Arm], folder: Path, command: str) -> dict[str, Any]:
+def collect(
+    config: CompareConfig, arms: Sequence[Arm], amount: float, folder: Path, command: str
+) -> dict[str, Any]:
     """Everything that the report shows, as JSON values; runs that are not finished are left out and said to be missing.
 
     Args:
       config: the comparison.
       arms: its arms.
+      amount: of the budget, as planned.
       folder: of the comparison.
       command: that makes it, to which one is added for each arm.
     """
     task = arms[0].experiment.task
     split = arms[0].experiment.config.eval.final_split or arms[0].experiment.config.eval.split
-    kind = config.budget.kind
     entries = [_arm(config, arm, folder, split, command) for arm in arms]
     metric = {"name": task.primary, "split": split, "higher_is_better": task.better == "max"}
     baseline = next(entry for entry in entries if entry["name"] == config.baseline)
+    environments = [run["environment"] for entry in entries for run in entry["runs"]] or [environment()]
     for entry in entries:
         entry["quality"] = interval(_values(entry, task.primary))
         entry["versus_baseline"] = None if entry is baseline else _versus(entry, baseline, task.primary)
@@ -53,13 +59,25 @@ def collect(config: CompareConfig, arms: Sequence[Arm], folder: Path, command: s
         "title": config.title or "A comparison",
         "baseline": config.baseline,
         "metric": metric,
-        "budget": {"kind": kind, "amount": _amount(config, entries), "tolerance": budget.TOLERANCE},
-        "device": jax.devices()[0].device_kind,
-        "versions": environment(),
+        "budget": _budget(config.budget.kind, amount, entries),
+        "device": ", ".join(dict.fromkeys(each["device"] for each in environments)),
+        "versions": environments[0],
         "seeds": list(config.seeds),
         "arms": entries,
-        "notes": _notes(config, entries),
+        "notes": [
+            *_missing(config, entries),
+            *_late(config.budget.kind, amount, entries),
+            *_unlike(environments),
+        ],
     }
+
+
+def _budget(kind: str, amount: float, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What every run may spend: met within the tolerance where it is counted, and of seconds how far a run was off."""
+    if kind != "seconds":
+        return {"kind": kind, "amount": amount, "tolerance": 2 * budget.TOLERANCE}
+    off = [abs(run["seconds"] / amount - 1) for entry in entries for run in entry["runs"]]
+    return {"kind": kind, "amount": amount, "tolerance": None, "largest_deviation": max(off, default=None)}
 
 
 def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str) -> dict[str, Any]:
@@ -70,13 +88,19 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
         for seed in config.seeds
         if finished(folder / arm.folder / f"seed_{seed}", arm.steps)
     ]
-    done = len(runs)
-    status = "finished" if done == len(config.seeds) else "partial" if done else "waiting"
+    done = {run["seed"] for run in runs}
+    diverged = {}
+    for seed in config.seeds:
+        told = folder / arm.folder / f"seed_{seed}" / DIVERGED
+        if seed not in done and told.exists():
+            diverged[seed] = told.read_text(encoding="utf-8").strip()
+    whole = len(done) == len(config.seeds)
+    status = "finished" if whole else "diverged" if diverged else "partial" if done else "waiting"
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(experiment.abstract_state.params))
     kinds = ("flops", "flops_with_recompute", "layer_tokens")
     counted = {kind: budget.Spending(experiment, kind)(arm.steps) for kind in kinds}
     blocks = [step for step in model.program.flat() if isinstance(step, BlockStep)]
-    timed = [run["step_seconds"] for run in runs if run["step_seconds"] is not None]
+    peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     return {
         "name": arm.name,
         "stack": experiment.model.stack_text,
@@ -93,13 +117,14 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
         "forward_flops": costs.forward_cost(model, experiment.task, experiment.source.spec).model_flops,
         "parameters": parameters,
         "active_parameters": parameters,
-        "peak_bytes": runs[0]["peak_bytes"] if runs else None,
-        "step_seconds": statistics.median(timed) if timed else None,
+        "peak_bytes": max(peaks, default=None),
+        "step_seconds": statistics.median(run["step_seconds"] for run in runs) if runs else None,
         "seconds": statistics.median(run["seconds"] for run in runs) if runs else None,
         "tokens_by_layer": [{"layer": step.name, "tokens": step.present} for step in blocks],
         "expert_load": None,
         "pictures": [],
         "runs": runs,
+        "diverged": [{"seed": seed, "message": message} for seed, message in diverged.items()],
     }
 
 
@@ -114,7 +139,10 @@ def _run(arm: Arm, folder: Path, seed: int, split: str) -> dict[str, Any]:
         )
     totals = ("step", "split", "flops", "tokens", "seconds", "data_seconds")
     metrics = {name: value for name, value in final[-1].items() if name not in totals}
-    peaks = [size for size in said.get("peak_bytes", {}).values() if size is not None]
+    # The sessions of a run that was stopped; each tells of the programs that it used.
+    sessions = [*said.get("history", []), said]
+    planned = [size for session in sessions for size in session.get("peak_bytes", {}).values()]
+    peaks = [size for size in planned if size is not None]
     return {
         "seed": seed,
         "workdir": str(workdir.relative_to(folder)),
@@ -122,8 +150,9 @@ def _run(arm: Arm, folder: Path, seed: int, split: str) -> dict[str, Any]:
         "steps": arm.steps,
         "train_flops": final[-1]["flops"],
         "seconds": final[-1]["seconds"],
-        "step_seconds": _step_seconds(records),
-        "peak_bytes": max(peaks) if peaks else None,
+        "step_seconds": _step_seconds(records, final[-1]),
+        "peak_bytes": max(peaks, default=None),
+        "environment": said["environment"],
         "curve": [_point(record) for record in records],
     }
 
@@ -134,14 +163,17 @@ def _point(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in record.items() if name not in left_out}, **renamed}
 
 
-def _step_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds a step between training records: the median, so that what disturbed a few of them does not count."""
+def _step_seconds(records: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> float:
+    """Seconds a step between training records: the median, so that what disturbed a few of them does not count.
+
+    Of fewer than two such intervals it is that of the whole run.
+    """
     train = [record for record in records if record["split"] == "train"]
     found = [
         (later["seconds"] - earlier["seconds"]) / (later["step"] - earlier["step"])
         for earlier, later in zip(train, train[1:], strict=False)
     ]
-    return statistics.median(found) if found else None
+    return statistics.median(found) if len(found) > 1 else last["seconds"] / last["step"]
 
 
 def _values(entry: Mapping[str, Any], metric: str) -> list[float]:
@@ -178,27 +210,37 @@ def _versus(entry: Mapping[str, Any], baseline: Mapping[str, Any], metric: str) 
     }
 
 
-def _amount(config: CompareConfig, entries: Sequence[Mapping[str, Any]]) -> float | None:
-    if config.budget.amount is not None:
-        return config.budget.amount
-    baseline = next(entry for entry in entries if entry["name"] == config.baseline)
-    key = {"steps": "steps", "flops": "train_flops", "layer_tokens": "layer_tokens", "seconds": "seconds"}
-    return baseline[key[config.budget.kind]]
-
-
-def _notes(config: CompareConfig, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _missing(config: CompareConfig, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     for entry in entries:
-        missing = len(config.seeds) - len(entry["runs"])
+        notes += [
+            f"{entry['name']}, seed {run['seed']} diverged: {run['message']}" for run in entry["diverged"]
+        ]
+        missing = len(config.seeds) - len(entry["runs"]) - len(entry["diverged"])
         if missing:
             notes.append(f"{entry['name']}: {missing} of {len(config.seeds)} runs are not finished.")
-    if config.budget.kind == "seconds":
-        amount = _amount(config, entries)
-        for entry in entries:
-            if entry["seconds"] is not None and abs(entry["seconds"] / amount - 1) > 0.05:
-                off = f"{entry['seconds'] / amount - 1:+.0%}"
-                notes.append(
-                    f"{entry['name']}: trained for {entry['seconds']:.1f} s, {off} of the budget of {amount:.1f} s; "
-                    "a step was faster or slower than when it was timed beforehand."
-                )
     return notes
+
+
+def _late(kind: str, amount: float, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where a budget of seconds was not met."""
+    if kind != "seconds":
+        return []
+    return [
+        f"{entry['name']}: trained for {entry['seconds']:.1f} s, {entry['seconds'] / amount - 1:+.0%} of the budget of "
+        f"{amount:.1f} s; a step was faster or slower than when it was timed beforehand."
+        for entry in entries
+        if entry["seconds"] is not None and abs(entry["seconds"] / amount - 1) > budget.FORECAST
+    ]
+
+
+def _unlike(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where runs were not made on the same device with the same versions."""
+    differ = []
+    for key in dict.fromkeys(key for each in environments for key in each):
+        values = list(dict.fromkeys(str(each.get(key)) for each in environments))
+        if len(values) > 1:
+            differ.append(f"{key} ({', '.join(values)})")
+    if not differ:
+        return []
+    return [f"The runs differ in {', '.join(differ)}: their times and memory are not comparable."]

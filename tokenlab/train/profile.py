@@ -33,6 +33,7 @@ TOP = 10
 
 # `%name = shape opcode(...), ..., metadata={op_name="..."}`; the shape may be a tuple.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:\([^=]*\)|\S+) ([\w\-]+)\(", re.MULTILINE)
+_MODULE = re.compile(r"^HloModule ([\w.\-]+)", re.MULTILINE)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # Their time is that of the instructions inside them, which are in the trace too.
 _CONTAINERS = frozenset({"while", "conditional", "call"})
@@ -85,7 +86,8 @@ def summarize(folder: Path, compiled: jax.stages.Compiled, steps: int) -> None:
     for file in newest.glob("*.trace.json.gz"):
         with gzip.open(file) as opened:
             events += json.load(opened)["traceEvents"]
-    lines = aggregate(events, instructions(compiled.as_text()), steps)
+    hlo = compiled.as_text()
+    lines = aggregate(events, instructions(hlo), steps, _MODULE.search(hlo)[1])
     write_atomic(folder / SUMMARY, render(lines, steps))
 
 
@@ -123,7 +125,10 @@ def scope(op_name: str) -> str:
 
 
 def aggregate(
-    events: Iterable[Mapping[str, Any]], program: Mapping[str, Instruction], steps: int
+    events: Iterable[Mapping[str, Any]],
+    program: Mapping[str, Instruction],
+    steps: int,
+    module: str | None = None,
 ) -> list[Line]:
     """Adds up the time of the instructions by scope, longest first.
 
@@ -131,6 +136,8 @@ def aggregate(
       events: of a trace in Chrome's format, times in microseconds.
       program: see `instructions`.
       steps: that were traced.
+      module: name of the program. Events that say they are of another, such as an evaluation between the steps, are
+        left out: instructions of two programs may have one name.
 
     Returns:
       A line an operation. An instruction that says nothing of its source is under its kind, such as "(copy)".
@@ -146,7 +153,10 @@ def aggregate(
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for event in events:
-        name = event.get("args", {}).get("hlo_op", event.get("name"))
+        arguments = event.get("args", {})
+        name = arguments.get("hlo_op", event.get("name"))
+        if module is not None and arguments.get("hlo_module", module) != module:
+            continue
         if event.get("ph") != "X" or name not in program or program[name].opcode in _CONTAINERS:
             continue
         if event["pid"] in devices and (event["pid"], event["tid"]) not in made:

@@ -201,17 +201,27 @@ def _pieces(name: str, value: Any, total: int) -> tuple[tuple[int, int | float],
 def in_shares(config: Mapping[str, Any], total: int) -> dict[str, Any]:
     """`config.stack_vars` with every change at a share of the run instead of a step, so that it scales with the run.
 
+    What is a share already stays as it is; a change at a step that the run does not reach is left out.
+
     Raises:
         ConfigError: as `stack_vars`.
     """
     found = {}
     for name, value in config.items():
-        pieces = _pieces(name, value, total)
-        text = ", ".join(
-            f"{100 * first / total:.9f}%:{number!r}" for first, number in pieces if first < total
-        )
-        found[name] = text if isinstance(value, str) else value
+        _pieces(name, value, total)  # checks it
+        found[name] = _in_shares(value, total) if isinstance(value, str) else value
     return found
+
+
+def _in_shares(pieces: str, total: int) -> str:
+    found = []
+    for piece in pieces.split(","):
+        start, _, number = (part.strip() for part in piece.partition(":"))
+        if start.endswith("%") or int(start) == 0:
+            found.append(f"{start}:{number}")
+        elif int(start) < total:
+            found.append(f"{100 * int(start) / total:.9f}%:{number}")
+    return ", ".join(found)
 
 
 def _literal(text: str, where: str) -> int | float:

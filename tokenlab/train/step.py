@@ -191,17 +191,18 @@ def make_train_step(
         shardings: of the state, in and out; None = wherever the arrays are (one device).
         batch_sharding: of every batch leaf, [B, ...] over its first axis; given with `shardings`.
     """
-    if shardings is None:
-        return jax.jit(
-            lambda state, batch: train_step(model, task, optimizer, state, batch), donate_argnums=0
-        )
 
     def pin(gradients: Any) -> Any:
-        return jax.lax.with_sharding_constraint(gradients, shardings.params)
+        return (
+            gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings.params)
+        )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
         return train_step(model, task, optimizer, state, batch, pin)
 
+    step.__name__ = "train_step"  # the program's name, which tells it from others in a trace
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
     return jax.jit(
         step,
         in_shardings=(shardings, batch_sharding),
@@ -229,13 +230,13 @@ def make_eval_step(
     an evaluation repeats exactly.
     """
 
-    def step(params: Any, batch: Batch, index: Array) -> Metrics:
+    def eval_step(params: Any, batch: Batch, index: Array) -> Metrics:
         rng = jax.random.fold_in(base_key(jnp.zeros((2,), jnp.uint32)), index)
         _, metrics = task.loss(model, params, batch, rng=rng, train=False)
         return metrics
 
     if params_shardings is None:
-        return jax.jit(step)
+        return jax.jit(eval_step)
     return jax.jit(
-        step, in_shardings=(params_shardings, batch_sharding, replicated), out_shardings=replicated
+        eval_step, in_shardings=(params_shardings, batch_sharding, replicated), out_shardings=replicated
     )

@@ -57,8 +57,12 @@ def test_compared() -> None:
     [
         ({"kind": "steps", "amount": 700.0, "tolerance": 0}, "the same 700 steps, and"),
         (
-            {"kind": "seconds", "amount": 60.0, "tolerance": 0.05},
-            "the same 60 s of training (within 5 %), and",
+            {"kind": "seconds", "amount": 60.0, "tolerance": None, "largest_deviation": 0.0712},
+            "the same 60 s of training (a measured forecast, met within 7.1 %), and",
+        ),
+        (
+            {"kind": "seconds", "amount": 60.0, "tolerance": None, "largest_deviation": None},
+            "the same 60 s of training (a measured forecast), and",
         ),
         (
             {"kind": "layer_tokens", "amount": 2.5e9, "tolerance": 0.01},
@@ -68,6 +72,14 @@ def test_compared() -> None:
 )
 def test_budgets_in_words(budget: dict[str, Any], text: str) -> None:
     assert text in reading.compared({**example.results(), "budget": budget})
+
+
+def test_one_arm() -> None:
+    results = example.results()
+    results["arms"] = results["arms"][:1]
+    assert reading.compared(results).startswith("1 arm was trained with")
+    results["arms"][0]["quality"] = None
+    assert reading.compared(results).startswith("1 arm is to be trained with")
 
 
 class TestFinding:
@@ -116,6 +128,16 @@ def test_missing() -> None:
         "registers waits to be run.",
         f"{example.ODD} has no record of its peak memory.",
         "depth is not finished: 2 of 3 seeds have a result.",
+    ]
+
+
+def test_an_arm_that_diverged_is_missing() -> None:
+    results = example.results()
+    for name in ("registers", "depth"):
+        arm(results, name)["status"] = "diverged"
+    assert reading.missing(results)[1:] == [
+        "depth diverged: 2 of 3 seeds have a result.",
+        "registers diverged: 0 of 3 seeds have a result.",
     ]
 
 

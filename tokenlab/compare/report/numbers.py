@@ -53,7 +53,10 @@ def interval(low: float | None, high: float | None, *, sign: bool = False) -> st
 
 
 def budget_text(budget: Mapping[str, Any]) -> str:
-    """A budget in words: "the same 1.2 TFLOPs of counted training (within 1 %)"."""
+    """A budget in words: "the same 1.2 TFLOPs of counted training (within 1 %)".
+
+    Seconds are met as well as they were forecast, so the largest deviation is said instead.
+    """
     value, tolerance = budget["amount"], budget["tolerance"]
     words = {
         "steps": f"the same {value:,.0f} steps",
@@ -62,6 +65,13 @@ def budget_text(budget: Mapping[str, Any]) -> str:
         "layer_tokens": f"the same {pretty(value)} tokens summed over layers",
     }
     within = f" (within {100 * tolerance:.2g} %)" if tolerance else ""
+    if budget["kind"] == "seconds":
+        off = budget["largest_deviation"]
+        within = (
+            " (a measured forecast"
+            + ("" if off is None else f", met within {100 * off:.{0 if off >= 0.1 else 1}f} %")
+            + ")"
+        )
     return words[budget["kind"]] + within
 
 

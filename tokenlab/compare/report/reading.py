@@ -94,7 +94,7 @@ def front(results: Mapping[str, Any], cost: str) -> list[str]:
     Costs that the budget made equal count as equal when they agree within its tolerance.
     """
     budget, sign = results["budget"], 1 if results["metric"]["higher_is_better"] else -1
-    slack = 1 + (budget["tolerance"] if cost == equal_cost(results) else 0)
+    slack = budget["tolerance"] * budget["amount"] if cost == equal_cost(results) else 0
     points = [
         (arm["name"], arm[cost], sign * arm["quality"]["mean"])
         for arm in results["arms"]
@@ -104,7 +104,7 @@ def front(results: Mapping[str, Any], cost: str) -> list[str]:
         (price, name)
         for name, price, quality in points
         if not any(
-            (other <= price * slack and better > quality) or (other * slack < price and better >= quality)
+            (other <= price + slack and better > quality) or (other + slack < price and better >= quality)
             for _, other, better in points
         )
     ]
@@ -133,6 +133,8 @@ def compared(results: Mapping[str, Any]) -> str:
     done = [arm for arm in arms if arm["quality"] is not None]
     verb = "were trained" if done else "are to be trained"
     what = f"{len(arms)} arms" if not done or len(done) == len(arms) else f"{len(done)} of {len(arms)} arms"
+    if len(arms) == 1:
+        what, verb = "1 arm", "was trained" if done else "is to be trained"
     seeds = listed(str(seed) for seed in results["seeds"])
     kind = "seed" if len(results["seeds"]) == 1 else "seeds"
     order = "higher" if metric["higher_is_better"] else "lower"
@@ -180,10 +182,11 @@ def missing(results: Mapping[str, Any]) -> list[str]:
     found = [f"{listed(waiting)} wait{'s' if len(waiting) == 1 else ''} to be run."] if waiting else []
     for arm in results["arms"]:
         name, total = arm["name"], len(results["seeds"])
-        if arm["status"] == "waiting":
+        if arm["status"] != "finished" and arm["status"] != "waiting":
+            what = "diverged" if arm["status"] == "diverged" else "is not finished"
+            found.append(f"{name} {what}: {len(arm['runs'])} of {total} seeds have a result.")
+        if not arm["runs"]:
             continue
-        if arm["status"] == "partial":
-            found.append(f"{name} is not finished: {len(arm['runs'])} of {total} seeds have a result.")
         lacks = [lower(cost.title) for cost in COSTS if arm[cost.key] is None]
         if lacks:
             found.append(f"{name} has no record of its {listed(lacks)}.")

@@ -66,8 +66,12 @@ def _row(results: Mapping[str, Any], arm: Mapping[str, Any], index: int) -> str:
         f'<span class="mark">{text}</span>'
         for text, shown in (
             ("baseline", base),
-            (f"{len(arm['runs'])} of {len(results['seeds'])} seeds", arm["status"] == "partial"),
+            (
+                f"{len(arm['runs'])} of {len(results['seeds'])} seeds",
+                arm["status"] in ("partial", "diverged"),
+            ),
             ("waits", arm["status"] == "waiting"),
+            ("diverged", arm["status"] == "diverged"),
         )
         if shown
     )

@@ -1,0 +1,140 @@
+"""Arms and their plan: what is solved once, what arms may differ in, what a hash is of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections.config_dict import ConfigDict
+
+from tests.compare.conftest import small
+from tokenlab.compare import arms, budget, command
+from tokenlab.compare.config import CompareConfig
+from tokenlab.core.config import override, to_dataclass
+from tokenlab.core.errors import ConfigError, DataError
+
+
+def resolve(config: ConfigDict, folder: Path, **how: Any) -> tuple[dict[str, int], float]:
+    """Steps by arm, and the amount."""
+    found, amount = arms.resolve(to_dataclass(CompareConfig, config), folder, **how)
+    return {arm.name: arm.steps for arm in found}, amount
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arms of each measurement; each finds steps faster than the one before."""
+    calls: list[list[str]] = []
+
+    def step_seconds(experiments: dict[str, Any]) -> dict[str, dict[str, float]]:
+        calls.append(list(experiments))
+        return {name: {"": 0.01 / len(calls)} for name in experiments}
+
+    monkeypatch.setattr(budget, "step_seconds", step_seconds)
+    return calls
+
+
+def seconds(amount: float | None = 3.0) -> ConfigDict:
+    return small(**{"budget.kind": "seconds", "budget.amount": amount})
+
+
+def test_a_measured_budget_is_measured_once(tmp_path: Path, timed: list[list[str]]) -> None:
+    first = resolve(seconds(), tmp_path)
+    assert first == ({"dense": 300, "keep": 300}, 3.0)
+    fewer = seconds()
+    fewer.arms = fewer.arms[:1]
+    assert resolve(fewer, tmp_path) == ({"dense": 300}, 3.0)
+    assert resolve(seconds(), tmp_path) == first  # one was left out for a while
+    resolve(seconds(6.0), tmp_path)
+    assert resolve(seconds(), tmp_path) == first  # the budget was another for a while
+    assert timed == [["dense", "keep"]] * 2
+    more = seconds()
+    more.arms = (*more.arms, {"name": "new", "model.stack": "block"})
+    assert resolve(more, tmp_path)[0] == {"dense": 300, "keep": 300, "new": 900}
+    assert timed[2:] == [["new"]]
+
+
+def test_the_amount_is_what_was_planned(tmp_path: Path, timed: list[list[str]]) -> None:
+    config = seconds(None)
+    assert resolve(config, tmp_path) == ({"dense": 60, "keep": 60}, pytest.approx(0.6))
+    assert json.loads((tmp_path / "plan.json").read_text())["amount"] == pytest.approx(0.6)
+    config.arms = (*config.arms, {"name": "new", "model.stack": "block"})
+    assert resolve(config, tmp_path) == ({"dense": 60, "keep": 60, "new": 120}, pytest.approx(0.6))
+    found = command.run(config, tmp_path, training=False)
+    assert found["budget"] == {
+        "kind": "seconds",
+        "amount": pytest.approx(0.6),
+        "tolerance": None,
+        "largest_deviation": None,
+    }
+
+
+def test_a_report_measures_nothing(tmp_path: Path, timed: list[list[str]]) -> None:
+    with pytest.raises(DataError, match="how many steps arm 'dense' trains.*copy plan.json beside the arms"):
+        command.run(seconds(), tmp_path / "run", training=False)
+    assert not timed and not (tmp_path / "run").exists()
+    resolve(seconds(), tmp_path)
+    assert resolve(seconds(), tmp_path, measure=False)[0] == {"dense": 300, "keep": 300}
+
+
+@pytest.mark.parametrize("missing", ["arms", "amount", "others"])
+def test_a_plan_that_is_not_whole(tmp_path: Path, missing: str) -> None:
+    resolve(small(), tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    del plan[missing]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(DataError, match=f"plan.json is no whole plan .*'{missing}'.*move it away"):
+        resolve(small(), tmp_path)
+
+
+def test_arms_agree_within_one_percent(tmp_path: Path) -> None:
+    config = small()
+    config.base.steps = 100
+    for kind in ("flops", "layer_tokens"):
+        ready, amount = arms.resolve(
+            to_dataclass(CompareConfig, override(config, {"budget.kind": kind})), tmp_path
+        )
+        spent = [budget.Spending(arm.experiment, kind)(arm.steps) for arm in ready]
+        assert max(spent) - min(spent) <= 0.01 * amount
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task.label_smoothing": 0.1},
+        {"eval.split": "test"},
+        {"eval.final_split": None},
+        {"data.splits": {"train": "train[:50%]", "validation": "validation", "test": "test"}},
+        {"data.eval_transform": "central_crop(8)"},
+    ],
+)
+def test_quality_is_measured_alike(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = small()
+    config.arms = (*config.arms, {"name": "odd", "model.stack": "block*3", **changes})
+    (key,) = changes
+    with pytest.raises(ConfigError, match=f"arm 'odd' differs from 'dense' in {key}.*config.base") as caught:
+        resolve(config, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_training_and_the_stack_of_evaluation_may_differ(tmp_path: Path) -> None:
+    config = small()
+    config.base.steps = 600
+    free = {"eval.stack": "block*3", "eval.batch_size": 8, "data.transform": "rotate(30)", "data.prefetch": 2}
+    config.arms = (*config.arms, {"name": "free", "model.stack": "block*3", **free})
+    assert set(resolve(config, tmp_path)[0]) == {"dense", "keep", "free"}
+
+
+def test_a_hash_is_of_what_results_depend_on(tmp_path: Path) -> None:
+    def hashes(**changes: Any) -> list[str]:
+        return [arm.hash for arm in arms.resolve(to_dataclass(CompareConfig, small(**changes)), tmp_path)[0]]
+
+    same = {"base.log_every": 7, "base.data.prefetch": 3, "base.keep_checkpoints": 2, "base.seed": 5}
+    assert hashes(**same) == hashes()
+    for key, value in {"base.steps": 80, "base.batch_size": 8, "base.data.transform": "rotate(30)"}.items():
+        assert not set(hashes(**{key: value})) & set(hashes())
+    config = small()
+    config.arms = (*config.arms, {"name": "twin", "model.stack": "block*2", "data.prefetch": 3})
+    with pytest.raises(ConfigError, match="arms 'dense' and 'twin' have the same configuration, apart from"):
+        resolve(config, tmp_path)
