@@ -51,7 +51,7 @@ def test_every_example_counts_once_on_any_mesh(model: Any, axes: dict[str, int],
     np.testing.assert_array_equal(whole, params["blocks"]["mlp"]["up"]["kernel"])
     split = any(axes.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))
     assert (whole.addressable_shards[0].data.size < whole.size) == split
-    found, wanted = evaluator(placed, DIGITS, "validation", rows), plain(built, params, "validation")
+    found, wanted = evaluator(placed, DIGITS, "validation", rows).metrics, plain(built, params, "validation")
     assert found["accuracy"] == pytest.approx(wanted["accuracy"], abs=1e-12)
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert 0 < found["accuracy"] < 1
