@@ -5,6 +5,9 @@ tokenlab train --config=configs/clothing.py:keep --workdir=runs/clothing_keep
 tokenlab evaluate --workdir=runs/clothing --pictures
 
 The prepared set, `clothing_small`, is looked for in TFDS_DATA_DIR.
+
+Seed 0, --config.steps=800: test accuracy 0.280 dense, 0.237 with half of the patches dropped; one standard error of the
+372 test images is 0.023. With 3,068 training images a ViT from scratch learns little here.
 """
 
 from ml_collections.config_dict import ConfigDict

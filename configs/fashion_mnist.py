@@ -6,8 +6,8 @@ tokenlab evaluate --workdir=runs/fashion --config.eval.stack="block*6; block*2 +
 
 The prepared set is looked for in TFDS_DATA_DIR. The last 5,000 of the 60,000 training images validate.
 
-Seed 0, 5,000 steps: test accuracy 0.882 dense, in 23 minutes on two CPU cores that did other things too; 0.867 with half
-of the patches dropped, at 0.66 of the FLOPs.
+Seed 0, 5,000 steps: test accuracy 0.882 dense, in 23 minutes on two CPU cores that did other things too; 0.867 with
+half of the patches dropped, at 0.66 of the FLOPs.
 """
 
 from ml_collections.config_dict import ConfigDict
