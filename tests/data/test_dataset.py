@@ -92,6 +92,21 @@ def test_kept_in_memory_or_read_each_time_is_the_same(shape: tuple[int | None, i
     assert source.records.reads == before + 4
 
 
+@pytest.mark.parametrize("memory", [0, None])
+def test_records_are_opened_once(memory: int | None) -> None:
+    """A source may read a whole file when its records are first asked for."""
+    source = PictureSource()
+    real, asked = source.split, []
+    source.split = lambda name: asked.append(name) or real(name)
+    found = dataset(source, memory=memory)
+    stream = TrainStream(found, "train", 8, seed=0)
+    asked.clear()
+    for step in range(4):
+        stream.batch(step)
+        list(eval_batches(found, "test", 8))
+    assert len([name for name in asked if name == "train"]) <= 1
+
+
 def test_memory_has_a_limit() -> None:
     assert dataset(PictureSource(100), memory=1)._kept("train") is not None
     big = PictureSource(100, shape=(60, 60, 3))  # 1.03 MiB

@@ -77,6 +77,7 @@ class Dataset:
         self.spec: Spec = self.eval_transform.spec
         self._check(config)
         self._memory = (0 if config.workers else MEMORY) if config.memory is None else config.memory
+        self._opened: dict[str, Records] = {}
         self._decoded: dict[str, Batch | None] = {}
         self._lock = threading.Lock()
 
@@ -110,8 +111,10 @@ class Dataset:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def split(self, name: str) -> Records:
-        """The source's own records of a split. Raises DataError, with the nearest name, when there is none."""
-        return self.source.split(name)
+        """The source's own records of a split, opened once. Raises DataError, with the nearest name, for no such."""
+        if name not in self._opened:
+            self._opened[name] = self.source.split(name)
+        return self._opened[name]
 
     def read(self, split: str, indices: np.ndarray, draws: np.ndarray | None = None) -> Batch:
         """Examples, transformed.
@@ -177,7 +180,7 @@ class Dataset:
 
     def _records(self, split: str, indices: np.ndarray) -> tuple[Batch, dict[int, str]]:
         """The source's records, and what is wrong with those that cannot be read, by row."""
-        records = self.source.split(split)
+        records = self.split(split)
         try:
             return records.batch(indices), {}
         except FileError:
