@@ -28,7 +28,7 @@ def test_the_roofline_of_a_chip() -> None:
         total["compute_seconds"]
     )
     text = report.rooflines.text
-    assert "training: at least" in text and "bound by memory" in text and "block (2 of 2)" in text
+    assert "training: about" in text and "bound by memory" in text and "block (2 of 2)" in text
     assert text in report.to_markdown()
     json.dumps(found)
 

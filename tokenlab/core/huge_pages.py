@@ -3,7 +3,7 @@
 XLA:CPU takes the temporary memory of a step from malloc at its begin and gives it back at its end, and glibc hands so
 large a block to the kernel and back each time. So every step touches every page anew: for the ViT of
 `configs/fashion_mnist.py` 75,600 page faults of 4 KiB a step, 0.13 CPU seconds in the kernel. In pages of 2 MiB they
-are 520, and a step takes a quarter to an eighth less time. Where memory is in pieces the kernel first has to make room,
+are 520, and a step took 12 to 30 % less time. Where memory is in pieces the kernel first has to make room,
 which may cost what was won. Measured with `experiments/cpu_step/run.py`; docs/architecture.md has the figures.
 """
 

@@ -48,7 +48,7 @@ class Rooflines:
         lines = [f"roofline on {self.peaks.name} ({peak}), batch {self.batch_size} on one device:"]
         for what, bound in self.of(self.table.total).items():
             times = f"compute {_ms(bound.compute_seconds)}, memory {_ms(bound.memory_seconds)}"
-            lines.append(f"  {what}: at least {_ms(bound.seconds)}, bound by {bound.bound} ({times})")
+            lines.append(f"  {what}: about {_ms(bound.seconds)}, bound by {bound.bound} ({times})")
             slow = self.memory_bound(what)
             lines.append(f"    layers bound by memory: {', '.join(slow) or 'none'}")
         return "\n".join(lines)
