@@ -35,7 +35,8 @@ UNROLL_ON_CPU = 16
 
 XLA:CPU runs a loop body without overlapping it with its neighbours and copies the sliced weights: unrolled was 20 %
 faster a step at six blocks of width 64 (`experiments/cpu_step/run.py`), within 5 % of scanned for Ti/16 at 12 blocks;
-`tokenlab benchmark` times both ways on your machine. Beyond, and on accelerators, compile time decides: 32 layers of width 1,280 compiled for TPU in 65 s folded and 279 s unrolled.
+`tokenlab benchmark` times both ways on your machine. Beyond, and on accelerators, compile time decides: 32 layers of
+width 1,280 compiled for TPU in 65 s folded and 279 s unrolled.
 """
 
 
