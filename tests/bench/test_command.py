@@ -42,7 +42,7 @@ def asked(monkeypatch) -> list[dict]:
 
     def measure(setting, dense, cases, **how):
         calls.append({"setting": setting, "dense": dense, "cases": cases, **how})
-        return RECORDS
+        return RECORDS if how["modes"] == ("train",) else []
 
     monkeypatch.setattr(command, "measure", measure)
     return calls
@@ -73,15 +73,18 @@ def test_a_configuration_beside_its_dense_twin(config, asked, capsys, tmp_path) 
 
 
 def test_a_suite(asked, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(suites, "SIZES", {"cpu": Size({"size": "nano/112"}, batch=2, rounds=7)})
+    size = Size({"size": "nano/112"}, batch=2, rounds=7, inference_batch=3)
+    monkeypatch.setattr(suites, "SIZES", {"cpu": size})
     status, _, err = run(capsys, "--suite=core")
     assert (status, err) == (0, "")
-    (call,) = asked
-    assert call["dense"] == suites.DENSE and call["cases"] == suites.cases("core")[0]
-    assert (call["setting"].batch_size, call["rounds"], call["modes"]) == (2, 7, ("train", "inference"))
+    found = [(call["modes"], call["setting"].batch_size, call["rounds"]) for call in asked]
+    assert found == [(("train",), 2, 7), (("inference",), 3, 7)]
+    assert asked[0]["dense"] == suites.DENSE and asked[1]["cases"] == suites.cases("core")[0]
     monkeypatch.setattr(suites, "cases", lambda suite: ([], ["quiet"]))
-    assert "left out: quiet, which declares no BENCHMARK" in run(capsys, "--suite=core", "--rounds=3")[2]
-    assert asked[1]["rounds"] == 3
+    words = ["--suite=core", "--rounds=3", "--mode=inference", "--batch=5"]
+    assert "left out: quiet, which declares no BENCHMARK" in run(capsys, *words)[2]
+    (call,) = asked[2:]
+    assert (call["modes"], call["setting"].batch_size, call["rounds"]) == (("inference",), 5, 3)
 
 
 def test_a_table_or_markdown(config, asked, capsys) -> None:

@@ -32,7 +32,9 @@ def test_the_stacks_fit_both_sizes_and_use_what_they_are_named_for() -> None:
         for case in cases:
             model = models.build(size.model, spec=suite.SPEC, num_outputs=suite.CLASSES, stack=case.train)
             assert model.program.depth == 12 and model.tokens_per_example == 197
-            used = {getattr(step, "kind", ("", ""))[1] for step in model.program.flat()}
+            steps = model.program.flat()
+            used = {step.kind[1] for step in steps if hasattr(step, "kind")}
+            used |= {step.block.ffn_name for step in steps if hasattr(step, "block")}
             assert case.name.partition(" ")[0] in used, case
 
 

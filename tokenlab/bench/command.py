@@ -69,16 +69,24 @@ def run(
         if size is not None:
             raise ConfigError("benchmark: --size is of a suite; a configuration has its own model.")
         setting, dense, cases = _of_config(config, name, batch)
+        settings = dict.fromkeys(modes, setting)
         rounds = rounds or ROUNDS
     else:
         cases, silent = suites.cases(suite)
         for module in silent:
             _note(f"left out: {module}, which declares no {suites.DECLARES} in its file")
         chosen = suites.size_of(size or ("cpu" if jax.default_backend() == "cpu" else "accelerator"))
-        setting, dense = suites.setting(chosen, batch), suites.DENSE
+        settings = {mode: suites.setting(chosen, batch, mode) for mode in modes}
+        dense = suites.DENSE
         rounds = rounds or chosen.rounds
     folder = None if profile is None else Path(profile)
-    found = measure(setting, dense, cases, modes=modes, rounds=rounds, note=_note, profiles=folder)
+    found = [
+        record
+        for mode in modes
+        for record in measure(
+            settings[mode], dense, cases, modes=(mode,), rounds=rounds, note=_note, profiles=folder
+        )
+    ]
     if json is not None:
         records.write_json(json, found)
     if markdown:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from tokenlab import tasks
-from tokenlab.bench.arm import Setting, batch_sharding
+from tokenlab.bench.arm import Mode, Setting, batch_sharding
 from tokenlab.bench.measure import Case
 from tokenlab.core import names
 from tokenlab.core.errors import NameLookupError, suggest
@@ -37,17 +37,19 @@ class Size:
 
     Attributes:
       model: `config.model` without the stack.
-      batch: examples a step.
+      batch: examples a training step.
       rounds: timed rounds.
+      inference_batch: examples of a forward pass alone; None for as many as in training.
     """
 
     model: Mapping[str, Any]
     batch: int
     rounds: int
+    inference_batch: int | None = None
 
 
 SIZES: Mapping[str, Size] = {
-    "cpu": Size({"name": "vit", "size": "Ti/16", "dtype": "float32"}, batch=8, rounds=11),
+    "cpu": Size({"name": "vit", "size": "Ti/16", "dtype": "float32"}, batch=8, rounds=11, inference_batch=32),
     "accelerator": Size({"name": "vit", "size": "B/16", "dtype": "bfloat16"}, batch=128, rounds=25),
 }
 """By what they fit: two CPU cores (the suite takes some minutes), or one modern accelerator chip."""
@@ -80,10 +82,10 @@ def size_of(name: str) -> Size:
     return SIZES[name]
 
 
-def setting(size: Size, batch: int | None = None) -> Setting:
+def setting(size: Size, batch: int | None = None, mode: Mode = "train") -> Setting:
     """A batch of noise on the first device, of `batch` examples or as many as the size says, and AdamW."""
     generator = np.random.default_rng(0)
-    rows = batch or size.batch
+    rows = batch or (size.inference_batch if mode == "inference" else None) or size.batch
     images = {
         "image": generator.standard_normal((rows, *SPEC["image"][0]), dtype=np.float32),
         "label": generator.integers(CLASSES, size=rows, dtype=np.int32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import statistics
@@ -20,6 +21,7 @@ from tokenlab.layers.program import BlockStep
 from tokenlab.train import experiment as experiments
 from tokenlab.train import schedule
 from tokenlab.train.experiment import Experiment
+from tokenlab.train.loop import AHEAD
 
 TOLERANCE = 0.005
 """An arm's counted spending may differ from the budget by this share of it, so two arms agree within twice that."""
@@ -36,9 +38,11 @@ is rounded to a step, so that spending does not quite rise with the steps."""
 
 UNITS = {"steps": "steps", "flops": "FLOPs", "seconds": "s", "layer_tokens": "layer tokens"}
 
-PROBE_ROUNDS = 7
-PROBE_SECONDS = 0.5
-"""A measured budget: every step is timed in as many rounds, in turn with the others, for so long each."""
+PROBE_ROUNDS = 5
+PROBE_SECONDS = 1.5
+PROBE_WARMUP = 3
+"""A measured budget: every step is timed in as many rounds, in turn with the others, for so long each, behind some
+steps in which the threads that make batches get going."""
 
 
 def scalable(config: ConfigDict) -> ConfigDict:
@@ -200,13 +204,23 @@ def _probes(experiment: Experiment) -> dict[str, Callable[[float], float]]:
         with experiment.batches(held["step"] % experiment.config.steps) as batches:
             batch = next(batches)
             compiled = experiment.compiled_step(at, state, batch)
-            start, count = time.perf_counter(), 0
-            while count < 2 or time.perf_counter() - start < at_least:
+            count, timed, start = 0, 0, time.perf_counter()
+            running: collections.deque[Any] = collections.deque()
+            while timed < 2 or time.perf_counter() - start < at_least:
                 state, report = compiled.run(state, batch)
-                jax.block_until_ready(report.loss)
+                running.append(report.loss)
                 batch, count = next(batches, batch), count + 1
+                if count <= PROBE_WARMUP:
+                    jax.block_until_ready(report.loss)
+                    start = time.perf_counter()
+                    running.clear()
+                    continue
+                timed += 1
+                if len(running) > AHEAD:  # as in training
+                    jax.block_until_ready(running.popleft())
+            jax.block_until_ready(report.loss)
             elapsed = time.perf_counter() - start
         held.update(state=state, step=held["step"] + count)
-        return elapsed / count
+        return elapsed / timed
 
     return {key: partial(run, at) for key, at in pieces(experiment).items()}
