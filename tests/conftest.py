@@ -17,12 +17,22 @@ import pytest
 NUM_DEVICES = 8
 ROOT = Path(__file__).resolve().parent.parent
 
+OPTIMISED = ("cost", "golden", "interop", "layers", "methods", "models", "ops", "sharding", "tasks")
+"""Folders whose tests compare numbers that programs compute. There, in slow tests and in those that are marked
+`optimised`, XLA makes the machine code that users run.
+
+The others are about what is counted, written, kept and told. Most of their time is compiling, of which less than half
+is left where machine code is not optimised. JAX_DISABLE_MOST_OPTIMIZATIONS=0 (or 1) in the environment is for all.
+"""
+
 
 def _prepare_environment() -> None:
     if "jax" in sys.modules:
         raise RuntimeError("jax was imported before tests/conftest.py could ask for 8 CPU devices")
     flag = "--xla_force_host_platform_device_count"
     others = re.sub(rf"{flag}=\S*", "", os.environ.get("XLA_FLAGS", ""))
+    # Programs are small: a single piece of machine code is made sooner than many that are made side by side.
+    others += " --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{others} {flag}={NUM_DEVICES}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Most of a test's time is compiling, so even the smallest program is kept.
@@ -42,12 +52,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The controller of xdist runs no test, so it is spared the import of jax.
     """
+    config.addinivalue_line(
+        "markers", "optimised: XLA optimises machine code as it does for users, see OPTIMISED"
+    )
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         return
     import jax
 
     if jax.device_count() != NUM_DEVICES:
         raise pytest.UsageError(f"the tests need {NUM_DEVICES} CPU devices, jax shows {jax.devices()}")
+
+
+def _is_optimised(item: pytest.Item) -> bool:
+    """Whether XLA optimises the machine code of what this test compiles."""
+    if item.get_closest_marker("optimised") or item.get_closest_marker("slow"):
+        return True
+    try:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+    except ValueError:  # a test from elsewhere, such as that of somebody's own method
+        return True
+    return folder in OPTIMISED
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    import jax
+
+    flag = "jax_disable_most_optimizations"
+    quick = not _is_optimised(item)
+    if flag.upper() not in os.environ and jax.config.values[flag] != quick:
+        jax.config.update(flag, quick)
+        jax.clear_caches()  # what was compiled the other way
+    return (yield)
 
 
 def _forbid_device_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

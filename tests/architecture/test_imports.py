@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "tokenlab"
 ORDER = (
     "core",
-    "ops",
     "sharding",
+    "ops",
     "cost",
     "layers",
     "methods",

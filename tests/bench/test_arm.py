@@ -27,7 +27,7 @@ def dense(setting, shelf):
 def test_a_train_step_is_the_one_of_the_training_loop(setting) -> None:
     made = prepare(setting, "block + keep(0.5) + block", "train", "unroll", Shelf())
     names = step.metric_names(made.model, setting.task, made.model.abstract_state(), setting.batch)
-    begun = state.create(made.model, setting.optimizer, names, 0)
+    begun = jax.jit(lambda: state.create(made.model, setting.optimizer, names, 0))()
     _, report = jax.jit(
         lambda s: step.train_step(made.model, setting.task, setting.optimizer, s, setting.batch)
     )(begun)
@@ -43,7 +43,7 @@ def test_counted_flops_are_those_of_the_cost_table(setting, dense, shelf) -> Non
     assert forward.cost.flops == ROWS * costs.forward_cost(forward.model, setting.task, setting.spec).flops
 
 
-def test_stacks_with_the_same_weights_share_them(setting, dense, shelf) -> None:
+def test_stacks_with_the_same_weights_share_them(setting, dense, shelf, monkeypatch) -> None:
     other = prepare(setting, "block + keep(0.5) + block", "train", "unroll", shelf)
     slots = list(shelf._slots.values())
     assert len(slots) == 1
@@ -51,13 +51,16 @@ def test_stacks_with_the_same_weights_share_them(setting, dense, shelf) -> None:
     dense.run(2)
     other.run(3)
     assert int(slots[0].value.step) == before + 5
+    monkeypatch.setattr(
+        arms, "_compile", lambda *_: (None, 0.0)
+    )  # the weights are made, the step is not needed
     prepare(setting, "block + keep(0.5, by=learned) + block", "train", "unroll", shelf)
     assert len(shelf._slots) == 2  # it has a weight of its own
 
 
 def test_inference_gives_the_logits_each_time_and_leaves_train_only_items_out(setting) -> None:
     made = prepare(setting, "block + keep(0.5, train_only=True) + block", "inference", "unroll", Shelf())
-    params = made.model.init(jax.random.key(0))
+    params = jax.jit(made.model.init)(jax.random.key(0))
     assert made.model.program.after == 17
     expected = jax.jit(made.model.apply)(params, setting.batch).logits
     for _ in range(2):

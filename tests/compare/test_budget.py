@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,12 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.train import experiment, schedule
 from tokenlab.train.config import default_config
 from tokenlab.train.experiment import Experiment
+
+
+@functools.cache
+def scheduled_as(k: str | float) -> Experiment:
+    """An arm whose stack keeps the share `k`."""
+    return built(**{"stack_vars.k": k})
 
 
 def built(**changes: Any) -> Experiment:
@@ -69,7 +76,7 @@ def test_a_budget_too_small_names_the_arm_and_the_least(scheduled: Experiment) -
 @pytest.mark.parametrize("k", ["0:0.25, 33.3%:1.0, 66.6%:0.25", "0:1.0, 30%:0.25, 60%:1.0", "0:0.5, 50%:1.0"])
 @pytest.mark.parametrize("kind", ["flops", "seconds"])
 def test_the_least_amount_is_enough(k: str, kind: str) -> None:
-    arm = built(**{"stack_vars.k": k})
+    arm = scheduled_as(k)
     seconds = {"k=0.25": 0.1, "k=0.5": 0.2, "k=1.0": 0.4}
     spending = budget.Spending(arm, kind, seconds)
     with pytest.raises(ConfigError, match="at least") as caught:

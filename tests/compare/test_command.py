@@ -13,7 +13,7 @@ from scipy import stats
 
 from tests.compare.conftest import small
 from tokenlab import cli, train
-from tokenlab.compare import command, results
+from tokenlab.compare import command, report, results
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 
 TIMES = ("seconds", "step_seconds")
@@ -33,6 +33,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the report are drawn for `finished`, which is made before this: they take as long as training does."""
+    monkeypatch.setattr(report, "draw", lambda results, folder: [])
+
+
 @pytest.fixture(scope="module")
 def found(finished: Path) -> dict[str, Any]:
     return json.loads((finished / "results.json").read_text())
@@ -49,6 +55,11 @@ def test_arms_spend_the_same_counted_flops(found: dict[str, Any]) -> None:
         assert arm["forward_flops"] * 16 * 60 < dense["train_flops"]
         assert arm["peak_bytes"] > 4 * arm["parameters"]
     assert [layer["tokens"] for layer in keep["tokens_by_layer"]] == [5, 3]
+
+
+def test_the_report_is_whole(finished: Path) -> None:
+    written = {path.name for path in (finished / "report").iterdir()}
+    assert {"index.html", "table.md", "pareto_train_flops.png", "curves.png"} <= written
 
 
 def test_quality_is_that_of_the_runs(found: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def redraw(state, seed=7):
     """Every leaf moved by noise: zeros (heads, biases) and ones (norms) no longer hide a mistake."""
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, moved)
+    draws = np.random.default_rng(seed)
+
+    def moved(leaf):
+        return jnp.asarray(np.asarray(leaf) + np.float32(0.2) * draws.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree.map(moved, state)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ A part is tried in the stacks it gives as examples (`Item.examples`). Sharded ch
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +23,41 @@ from tokenlab.layers.context import Context
 KEY = jax.random.key(1)
 FOUND = parts.find()
 IDENTITIES = parts.identities()
-each_part = pytest.mark.parametrize("part", FOUND, ids=str)
+# A feed-forward layer compiles slowly; what its further examples add is tried in the slow tests.
+NAMES = [(part.role, part.name) for part in FOUND]
+each_part = pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=pytest.mark.slow if part.role == "ffn" and key in NAMES[:at] else ())
+        for at, (part, key) in enumerate(zip(FOUND, NAMES, strict=True))
+    ],
+    ids=str,
+)
 # What does not depend on the arguments of a part is tried on its first example.
 FIRST = list({(part.role, part.name): part for part in reversed(FOUND)}.values())[::-1]
 each_first = pytest.mark.parametrize("part", FIRST, ids=str)
 
 
-def weights(model):
-    return redraw(jax.jit(model.init)(KEY))
+@functools.cache
+def fresh(stack):
+    return jax.jit(parts.build(stack).init)(KEY)
+
+
+@functools.cache
+def weights(stack):
+    return redraw(fresh(stack))
+
+
+@functools.cache
+def forward(stack):
+    """A jitted function (state, images, key) -> logits, as in training, and a list that grows with every trace."""
+    model, traces = parts.build(stack), []
+
+    def logits(state, image, key):
+        traces.append(1)
+        return model.apply(state, {"image": image}, train=True, rng=key).logits
+
+    return jax.jit(logits), traces
 
 
 def value_and_grad(model, images, cotangent, **how):
@@ -41,11 +70,24 @@ def value_and_grad(model, images, cotangent, **how):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
+@pytest.fixture(scope="module")
+def unrolled(images, cotangent):
+    """Stack -> (logits, gradients) of the plain unrolled program, which several tests compare with."""
+
+    @functools.cache
+    def of(stack):
+        model = parts.build(stack)
+        (_, logits), grads = value_and_grad(model, images, cotangent, execution="unroll")(weights(stack))
+        return logits, grads
+
+    return of
+
+
 def stochastic(model):
     return any(
-        getattr(score, "stochastic", False)
+        getattr(part, "stochastic", False)
         for step in model.program.flat()
-        for score in (step.item.scores() if hasattr(step, "item") else ())
+        for part in (step.item.scores() if hasattr(step, "item") else (step.block.ffn,))
     )
 
 
@@ -73,11 +115,10 @@ def test_something_was_found():
 
 
 @each_part
-def test_gradients_and_ways_of_running(part, images, cotangent):
+def test_gradients_and_ways_of_running(part, unrolled, images, cotangent):
     """Gradients are finite and reach every parameter; scanned and unrolled agree."""
-    model = parts.build(part.stack)
-    state = weights(model)
-    (_, logits), grads = value_and_grad(model, images, cotangent, execution="unroll")(state)
+    model, state = parts.build(part.stack), weights(part.stack)
+    logits, grads = unrolled(part.stack)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), f"{name} has gradients that are not finite"
@@ -92,11 +133,10 @@ def test_gradients_and_ways_of_running(part, images, cotangent):
 
 
 @each_first
-def test_rematerialised(part, images, cotangent):
+def test_rematerialised(part, unrolled, images, cotangent):
     """Computing blocks again in the backward pass changes no logit and no gradient."""
-    model = parts.build(part.stack)
-    state = weights(model)
-    (_, logits), grads = value_and_grad(model, images, cotangent, execution="unroll")(state)
+    model, state = parts.build(part.stack), weights(part.stack)
+    logits, grads = unrolled(part.stack)
     (_, again), remat_grads = value_and_grad(model, images, cotangent, execution="unroll", remat="full")(
         state
     )
@@ -108,8 +148,7 @@ def test_rematerialised(part, images, cotangent):
 def test_bfloat16(part, images, cotangent):
     """In bfloat16 gradients stay finite, parameters stay float32, and logits are near those of float32."""
     model = parts.build(part.stack, dtype="bfloat16")
-    state = weights(model)
-    (_, logits), grads = value_and_grad(model, images, cotangent)(state)
+    (_, logits), grads = value_and_grad(model, images, cotangent)(weights(part.stack))
     assert logits.dtype == jnp.float32
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all(), jax.tree_util.keystr(path)
@@ -119,7 +158,7 @@ def test_bfloat16(part, images, cotangent):
 def test_tokens_stay_consistent(part, images):
     """Counts are as the program says; positions distinct; owners a partition; sizes what was merged."""
     model = parts.build(part.stack)
-    output = jax.jit(lambda s: _traced(model, s, images))(weights(model))
+    output = jax.jit(lambda s: _traced(model, s, images))(weights(part.stack))
     expected = [s for s in model.program.flat() if hasattr(s, "item")]
     seen = {(name, inside): leaves for (name, inside), leaves in output.items()}
     for step in expected:
@@ -160,18 +199,16 @@ def test_examples_do_not_meet(part, images):
     else:
         order = np.array([5, 3, 0, 1, 4, 2])
         other, rows = images[order], slice(None)
-    apply = jax.jit(lambda state, image: model.apply(state, {"image": image}, train=True, rng=KEY).logits)
-    state = weights(model)
-    np.testing.assert_allclose(
-        apply(state, other)[rows], np.asarray(apply(state, images))[order][rows], atol=2e-5, rtol=2e-5
-    )
+    (apply, _), state = forward(part.stack), weights(part.stack)
+    found, expected = apply(state, other, KEY), np.asarray(apply(state, images, KEY))[order]
+    np.testing.assert_allclose(found[rows], expected[rows], atol=2e-5, rtol=2e-5)
 
 
 @each_first
 def test_padding_changes_nothing(part):
     """What stands in padding tokens cannot change a valid token."""
     model = parts.build(part.stack)
-    state, program = weights(model), model.program
+    state, program = weights(part.stack), model.program
     count_in, width = program.present, model.settings.dims()[0]
     x = jax.random.normal(jax.random.key(5), (3, count_in, width))
     # Enough valid tokens that padding is never needed to fill a count.
@@ -196,7 +233,7 @@ def test_padding_changes_nothing(part):
 def test_block_weights_belong_to_blocks(part):
     """Block k starts from the same weights whatever wraps it."""
     model = parts.build(part.stack)
-    state, plain = model.init(KEY), parts.build(f"block*{model.program.depth}").init(KEY)
+    state, plain = fresh(part.stack), fresh(f"block*{model.program.depth}")
     for kind, tree in plain["blocks"].items():
         if (
             kind in state["blocks"]
@@ -226,26 +263,21 @@ def test_counted_cost(part, images):
 @each_first
 def test_one_trace_for_all_steps(part, images):
     """Another batch, another key, another step: no retrace."""
-    model = parts.build(part.stack)
-    traces = []
-
-    @jax.jit
-    def step(state, image, key):
-        traces.append(1)
-        return model.apply(state, {"image": image}, train=True, rng=key).logits
-
-    state = weights(model)
-    for i in range(3):
-        step(state, images + i, jax.random.fold_in(KEY, i))
-    assert len(traces) == 1
+    apply, traces = forward(part.stack)
+    apply(weights(part.stack), images, KEY)
+    before = len(traces)
+    for i in range(1, 3):
+        apply(weights(part.stack), images + i, jax.random.fold_in(KEY, i))
+    assert len(traces) == before > 0
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("execution", ["scan", "unroll"])
 @pytest.mark.parametrize("part", IDENTITIES, ids=str)
 def test_identity_equals_dense(part, execution, images, cotangent):
     """With everything kept, logits equal the dense stack's bit for bit, and gradients to 1e-6 of the largest."""
     model, dense = parts.build(part.stack), parts.build(parts.dense(part.stack))
-    state = weights(model)
+    state = weights(part.stack)
     plain = {k: v for k, v in state.items() if k != "items"}
     (_, expected), expected_grads = value_and_grad(dense, images, cotangent, execution=execution)(plain)
     (_, logits), grads = value_and_grad(model, images, cotangent, execution=execution)(state)
@@ -269,5 +301,5 @@ def test_composes_with_others(name, images):
         f"block + skip(keep=0.75, by=norm)(block) + {own} + block + merge(1) + keep(0.75, by=norm) + block"
     )
     model = parts.build(stack)
-    logits = jax.jit(lambda s: model.apply(s, {"image": images}, train=True, rng=KEY).logits)(weights(model))
+    logits = jax.jit(lambda s: model.apply(s, {"image": images}, train=True, rng=KEY).logits)(weights(stack))
     assert logits.shape == (6, parts.OUTPUTS) and np.isfinite(logits).all()

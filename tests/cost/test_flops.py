@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tokenlab.core.errors import CostError
 from tokenlab.cost import Cost, OperationCost, count, operations, register_cost
+from tokenlab.ops.grouped import grouped_matmul
 
 B, N, D, F, H = 2, 6, 8, 32, 2
 
@@ -417,3 +418,15 @@ def test_costs_add_and_scale() -> None:
         one * -1
     with pytest.raises(TypeError):
         one + 1
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "ragged"])
+def test_a_grouped_product_counts_its_rows_whatever_computes_it(implementation: str) -> None:
+    groups, rows = 5, 24
+
+    def total(x: Array, w: Array, sizes: Array) -> Array:
+        return grouped_matmul(x, w, sizes, implementation=implementation).sum()
+
+    given = shape(rows, D), shape(groups, D, F), shape(groups, dtype=jnp.int32)
+    assert count(total, *given).flops == 2 * rows * D * F
+    assert count(jax.grad(total, argnums=(0, 1)), *given).flops == 2 * 2 * rows * D * F

@@ -26,7 +26,7 @@ def built() -> tuple[list[Any], Any]:
         models.build({"size": "nano/2", "stack": stack}, spec=DIGITS.spec, num_outputs=10, train=False)
         for stack in STACKS
     ]
-    params = found[0].init(jax.random.key(3))
+    params = jax.jit(found[0].init)(jax.random.key(3))
     kernel = jax.random.normal(jax.random.key(4), params["head"]["classifier"]["kernel"].shape)
     params["head"]["classifier"]["kernel"] = kernel
     return found, jax.tree.map(np.asarray, params)
@@ -102,7 +102,7 @@ def test_logits_that_are_not_finite(built: Any) -> None:
 def test_tied_logits_in_the_task() -> None:
     """A fresh classifier gives every class the same: half of ten are among five."""
     model = models.build({"size": "nano/2"}, spec=DIGITS.spec, num_outputs=10, train=False)
-    params, batch = model.init(jax.random.key(0)), everything("validation")
+    params, batch = jax.jit(model.init)(jax.random.key(0)), everything("validation")
     task = tasks.build({})
     _, found = task.loss(model, params, batch, rng=jax.random.key(0), train=False)
     assert float(found["top5_accuracy"][0] / found["top5_accuracy"][1]) == pytest.approx(0.5)

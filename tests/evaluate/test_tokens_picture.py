@@ -23,7 +23,7 @@ def model(stack: str, **settings: Any) -> tuple[Any, Any]:
     found = models.build(
         {"size": "nano/2", "stack": stack, **settings}, spec=spec, num_outputs=10, train=False
     )
-    return found, found.init(jax.random.key(0))
+    return found, jax.jit(found.init)(jax.random.key(0))
 
 
 def section(stack: str, batch: data.Batch | None = None, **settings: Any) -> tokens_picture.Section:

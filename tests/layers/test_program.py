@@ -103,10 +103,10 @@ def test_kinds_of_other_shapes_are_stacked_apart():
 
 def test_items_have_weights_of_their_own():
     built = program("block + keep(0.5, by=learned) + block + keep(0.5, by=learned) + block")
-    state = built.init(jax.random.key(0))
+    state = jax.jit(built.init)(jax.random.key(0))
     kernel = state["items"]["keep"]["score"]["kernel"]
     assert kernel.shape == (2, 16) and (kernel[0] != kernel[1]).any()
-    first = program("block + keep(0.9, by=learned) + block").init(jax.random.key(0))
+    first = jax.jit(program("block + keep(0.9, by=learned) + block").init)(jax.random.key(0))
     assert jnp.array_equal(first["items"]["keep"]["score"]["kernel"][0], kernel[0])
 
 

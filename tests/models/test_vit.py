@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,16 @@ def build(image=(8, 8, 1), outputs=10, stack_vars=None, train=True, **settings):
     return models.build(
         {"name": "vit", **settings}, spec=spec, num_outputs=outputs, stack_vars=stack_vars, train=train
     )
+
+
+@functools.cache
+def weights(blocks):
+    """Of a dense stack."""
+    return jax.jit(build(stack=f"block*{blocks}").init)(KEY)
+
+
+def logits(model, state, images, **how):
+    return jax.jit(lambda state, images: model.apply(state, {"image": images}, **how).logits)(state, images)
 
 
 def parameters(model):
@@ -69,7 +81,7 @@ def test_settings_run(settings, execution):
 
 def test_drop_path_is_random_in_training_only():
     model = build(drop_path=0.9, stack="block*4")
-    state = jax.tree.map(lambda x: x + 0.1, model.init(KEY))
+    state = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), weights(4))
     images = jax.random.normal(KEY, (4, 8, 8, 1))
     apply = jax.jit(
         lambda key, train: model.apply(state, {"image": images}, rng=key, train=train).logits,
@@ -84,7 +96,7 @@ def test_positions_move_to_another_grid():
     """Weights made for 4x4 patches run on 8x8: the table is resampled, and a smooth table stays what it was."""
     small = build((8, 8, 1))
     large = build((16, 16, 1), position_grid=(4, 4))
-    state = small.init(KEY)
+    state = jax.jit(small.init)(KEY)
     assert jax.tree.map(jnp.shape, large.abstract_state()) == jax.tree.map(jnp.shape, state)
     row = np.linspace(-1, 1, 4, dtype=np.float32)
     state["embed"]["position"] = jnp.asarray(np.repeat(row, 4)[:, None] * np.ones(16, np.float32))
@@ -102,8 +114,7 @@ def test_positions_move_to_another_grid():
 
 
 def test_weights_of_dense_serve_reduced_stacks():
-    dense = build(stack="block*4")
-    state = dense.init(KEY)
+    state = weights(4)
     images = jax.random.normal(KEY, (2, 8, 8, 1))
     for stack in (
         "block*2 + keep(0.5, by=cls) + block*2",
@@ -112,28 +123,27 @@ def test_weights_of_dense_serve_reduced_stacks():
     ):
         reduced = build(stack=stack)
         assert jax.tree.structure(reduced.abstract_state()) == jax.tree.structure(state)
-        assert reduced.apply(state, {"image": images}).logits.shape == (2, 10)
+        assert logits(reduced, state, images).shape == (2, 10)
 
 
 def test_train_only_items_go_at_evaluation():
     stack = "block + skip(keep=0.5, train_only=True)(block*2) + keep(0.5, train_only=True) + block"
     training, evaluation = build(stack=stack), build(stack=stack, train=False)
     dense = build(stack="block*4")
-    state = dense.init(KEY)
-    images = jax.random.normal(KEY, (2, 8, 8, 1))
+    state, images = weights(4), jax.random.normal(KEY, (2, 8, 8, 1))
     assert training.program.after == 9 and evaluation.program.after == 17
     for execution in ("scan", "unroll"):
         np.testing.assert_array_equal(
-            evaluation.apply(state, {"image": images}, execution=execution).logits,
-            dense.apply(state, {"image": images}, execution=execution).logits,
+            logits(evaluation, state, images, execution=execution),
+            logits(dense, state, images, execution=execution),
         )
 
 
 def test_evaluation_is_the_same_at_every_call():
     model = build(stack="block + keep(0.5, by=random) + block", train=False)
-    state = jax.tree.map(lambda x: x + 0.1, model.init(KEY))
+    state = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), weights(2))
     images = jax.random.normal(KEY, (2, 8, 8, 1))
-    first, second = (model.apply(state, {"image": images}).logits for _ in range(2))
+    first, second = (logits(model, state, images) for _ in range(2))  # traced anew each time
     np.testing.assert_array_equal(first, second)
 
 

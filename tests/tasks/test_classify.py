@@ -73,3 +73,11 @@ def test_top5_ties_count_their_share() -> None:
 def test_bad_settings(name: str) -> None:
     with pytest.raises(ConfigError, match=f"config.task.{name} must be at least 0; got -1"):
         ClassifyConfig(**{name: -1})
+
+
+def test_the_sigmoid_loss_is_the_sum_of_binary_ones() -> None:
+    _, loss, _ = run({"loss": "sigmoid"}, train=False)
+    logits = np.asarray(batch()["image"], np.float64).reshape(8, -1)
+    target = np.eye(9)[np.asarray(batch()["label"])]
+    each = np.log1p(np.exp(-logits)) * target + np.log1p(np.exp(logits)) * (1 - target)
+    np.testing.assert_allclose(loss, each.sum(axis=1).mean(), rtol=1e-5)

@@ -43,7 +43,7 @@ def test_sharded_steps_equal_those_of_one_device(built: Experiment) -> None:
     assert len(kernel.sharding.device_set) == 8 and not kernel.sharding.is_fully_replicated
     moments = [leaf for leaf in jax.tree.leaves(sharded.optimizer) if leaf.shape == kernel.shape]
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
-    one = state.create(built.model, built.optimizer, built.metric_names, built.config.seed)
+    one = jax.jit(lambda: state.create(built.model, built.optimizer, built.metric_names, built.config.seed))()
     alone = steps.make_train_step(built.model, built.task, built.optimizer)
     with jax.set_mesh(built.mesh):
         together = built.train_step(0).lower(sharded, built.put(built.stream.batch(0))).compile()

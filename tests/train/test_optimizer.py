@@ -152,3 +152,36 @@ def test_description_names_all_that_is_done() -> None:
         text
         == "lion; constant from 0.1 over 10 steps; weight decay 0.05; clipped at 1; 2 microbatches; moving average 0.99"
     )
+
+
+def test_a_parameter_may_have_a_decay_of_its_own() -> None:
+    params = {
+        "blocks": {"mlp": {"kernel": jnp.ones((2, 3, 4)), "scale": jnp.ones((2, 3))}},
+        "head": jnp.ones((3, 5)),
+    }
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    others = {"head": 2.0, "blocks/mlp/scale": 0.5}
+    for name in ("adamw", "sgd"):
+        built = optimizers.build(config(name=name, weight_decay=0.25, decays=others), steps=10)
+        after, _ = built.update(nothing, built.init(params), params, jnp.float32(0))
+        np.testing.assert_allclose(after["blocks"]["mlp"]["kernel"], 1 - 0.1 * 0.25, rtol=1e-6)
+        np.testing.assert_allclose(after["blocks"]["mlp"]["scale"], 1 - 0.1 * 0.5, rtol=1e-6)
+        np.testing.assert_allclose(after["head"], 1 - 0.1 * 2, rtol=1e-6)
+    assert "weight decay 0.25; 2 of head; 0.5 of blocks/mlp/scale" in built.description
+    wrong = optimizers.build(config(decays={"blocks/mpl": 0.1}), steps=10)
+    with pytest.raises(ConfigError, match="'blocks/mpl', which is no parameter. Did you mean 'blocks/mlp'"):
+        wrong.init(params)
+
+
+def test_decays_of_their_own_change_nothing_for_others() -> None:
+    """With the same decay said both ways AdamW takes the same steps."""
+    params = {"head": {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4)}}
+    gradients = jax.tree.map(jnp.sin, params)
+    steps = []
+    for fields in (dict(weight_decay=0.3), dict(weight_decay=0.0, decays={"head/kernel": 0.3})):
+        built = optimizers.build(config(**fields), steps=10)
+        now, state = params, built.init(params)
+        for _ in range(3):
+            now, state = built.update(gradients, state, now, jnp.float32(1))
+        steps.append(now["head"]["kernel"])
+    np.testing.assert_allclose(steps[1], steps[0], rtol=1e-6)

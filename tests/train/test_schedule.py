@@ -50,6 +50,15 @@ def test_rsqrt_with_timescale_of_the_warmup_is_the_curve_of_vaswani() -> None:
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
+def test_rsqrt_with_a_cooldown_ends_at_zero_and_is_the_same_before_it() -> None:
+    plain = values(ScheduleConfig("rsqrt", warmup_steps=10, timescale=25))
+    cooled = values(ScheduleConfig("rsqrt", warmup_steps=10, timescale=25, decay_steps=20))
+    total = len(plain) - 1
+    np.testing.assert_array_equal(cooled[: total - 20], plain[: total - 20])
+    share = np.arange(20, -1, -1) / 20
+    np.testing.assert_allclose(cooled[total - 20 :], plain[total - 20 :] * share, rtol=1e-5)
+
+
 def test_rsqrt_timescale() -> None:
     rates = values(ScheduleConfig("rsqrt", warmup_steps=0, timescale=25))
     np.testing.assert_allclose(rates[[0, 75]], [PEAK, PEAK / 2], rtol=1e-6)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tokenlab.compare import budget
 from tokenlab.compare.config import CompareConfig
 from tokenlab.core.config import diff, flatten, override, to_json
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
+from tokenlab.cost import Cost
 from tokenlab.train import experiment as experiments
 from tokenlab.train.experiment import Experiment
 from tokenlab.train.records import MAY_CHANGE, write_json
@@ -42,6 +43,7 @@ class Arm:
       config: of its runs, but for the seed.
       source: its data; arms with the same settings share one.
       step_seconds: measured before training for each set of numbers in the stack, for a budget of seconds.
+      costs: counted so far, of a step for each set of numbers in the stack; they do not depend on the number of steps.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Arm:
     config: ConfigDict
     source: data.Dataset
     step_seconds: Mapping[str, float] | None = None
+    costs: dict[str, Cost] = field(default_factory=dict, repr=False)
 
     @property
     def steps(self) -> int:
@@ -141,7 +144,7 @@ def resolve(config: CompareConfig, folder: Path, *, measure: bool = True) -> tup
     for name, arm in arms.items():
         entry = plan["arms"][arm.hash]
         settled = override(arm.config, {"steps": entry["steps"]})
-        ready.append(Arm(name, arm.changes, settled, arm.source, entry["step_seconds"]))
+        ready.append(Arm(name, arm.changes, settled, arm.source, entry["step_seconds"], arm.costs))
     return ready, plan["amount"]
 
 
@@ -197,7 +200,9 @@ def _solved(plan: Mapping[str, Any], new: Mapping[str, Arm], config: CompareConf
     seconds: dict[str, dict[str, float]] = {}
     if kind == "seconds":
         seconds = budget.step_seconds({name: arm.experiment for name, arm in new.items()})
-    spending = {name: budget.Spending(arm.experiment, kind, seconds.get(name)) for name, arm in new.items()}
+    spending = {
+        name: budget.Spending(arm.experiment, kind, seconds.get(name), arm.costs) for name, arm in new.items()
+    }
     if amount is None:
         base = config.baseline
         amount = spending[base](new[base].steps) if config.budget.amount is None else config.budget.amount

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,11 @@ from ml_collections.config_dict import ConfigDict
 
 from tokenlab.core.config import override
 from tokenlab.core.errors import ConfigError
-from tokenlab.cost import pretty
+from tokenlab.cost import Cost, pretty
 from tokenlab.layers.program import BlockStep
 from tokenlab.train import experiment as experiments
 from tokenlab.train import schedule
 from tokenlab.train.experiment import Experiment
-from tokenlab.train.loop import AHEAD
 
 TOLERANCE = 0.005
 """An arm's counted spending may differ from the budget by this share of it, so two arms agree within twice that."""
@@ -38,11 +36,9 @@ is rounded to a step, so that spending does not quite rise with the steps."""
 
 UNITS = {"steps": "steps", "flops": "FLOPs", "seconds": "s", "layer_tokens": "layer tokens"}
 
-PROBE_ROUNDS = 5
-PROBE_SECONDS = 1.5
-PROBE_WARMUP = 3
-"""A measured budget: every step is timed in as many rounds, in turn with the others, for so long each, behind some
-steps in which the threads that make batches get going."""
+PROBE_ROUNDS = 7
+PROBE_SECONDS = 0.5
+"""A measured budget: every step is timed in as many rounds, in turn with the others, for so long each."""
 
 
 def scalable(config: ConfigDict) -> ConfigDict:
@@ -88,14 +84,23 @@ class Spending:
       experiment: the arm, of any number of steps.
       kind: of the budget, see `Budget`; or "flops_with_recompute", which counts what rematerialisation does again.
       step_seconds: measured, see `step_seconds`; for a budget of seconds.
+      costs: counted costs of a step by the numbers in the stack. What is counted is added, so that others who are
+        given the same mapping need not count it again; it must be of the same arm, whatever its steps.
     """
 
-    def __init__(self, experiment: Experiment, kind: str, step_seconds: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        kind: str,
+        step_seconds: Mapping[str, float] | None = None,
+        costs: MutableMapping[str, Cost] | None = None,
+    ):
         self._experiment = experiment
+        self._costs: MutableMapping[str, Cost] = {} if costs is None else costs
         self._per_step: Callable[[Experiment, str], float] = {
             "steps": lambda arm, key: 1,
-            "flops": lambda arm, key: arm.step_cost(pieces(arm)[key]).model_flops,
-            "flops_with_recompute": lambda arm, key: arm.step_cost(pieces(arm)[key]).flops,
+            "flops": lambda arm, key: self._cost(arm, key).model_flops,
+            "flops_with_recompute": lambda arm, key: self._cost(arm, key).flops,
             "seconds": lambda arm, key: step_seconds[key],
             "layer_tokens": lambda arm, key: layer_tokens(arm, pieces(arm)[key]),
         }[kind]
@@ -109,6 +114,11 @@ class Spending:
             self._rate(schedule.values_key(variables.at(first))) * (last - first)
             for first, last in zip(starts, starts[1:], strict=False)
         )
+
+    def _cost(self, arm: Experiment, key: str) -> Cost:
+        if key not in self._costs:
+            self._costs[key] = arm.step_cost(pieces(arm)[key])
+        return self._costs[key]
 
     def _rate(self, key: str) -> float:
         """Spent by one step with these numbers in the stack."""
@@ -204,23 +214,13 @@ def _probes(experiment: Experiment) -> dict[str, Callable[[float], float]]:
         with experiment.batches(held["step"] % experiment.config.steps) as batches:
             batch = next(batches)
             compiled = experiment.compiled_step(at, state, batch)
-            count, timed, start = 0, 0, time.perf_counter()
-            running: collections.deque[Any] = collections.deque()
-            while timed < 2 or time.perf_counter() - start < at_least:
+            start, count = time.perf_counter(), 0
+            while count < 2 or time.perf_counter() - start < at_least:
                 state, report = compiled.run(state, batch)
-                running.append(report.loss)
+                jax.block_until_ready(report.loss)
                 batch, count = next(batches, batch), count + 1
-                if count <= PROBE_WARMUP:
-                    jax.block_until_ready(report.loss)
-                    start = time.perf_counter()
-                    running.clear()
-                    continue
-                timed += 1
-                if len(running) > AHEAD:  # as in training
-                    jax.block_until_ready(running.popleft())
-            jax.block_until_ready(report.loss)
             elapsed = time.perf_counter() - start
         held.update(state=state, step=held["step"] + count)
-        return elapsed / timed
+        return elapsed / count
 
     return {key: partial(run, at) for key, at in pieces(experiment).items()}

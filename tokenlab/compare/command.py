@@ -18,7 +18,7 @@ from tokenlab.compare.arms import Arm, resolve
 from tokenlab.compare.config import CompareConfig
 from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
-from tokenlab.evaluate import tokens_picture
+from tokenlab.evaluate import expert_load, tokens_picture
 from tokenlab.layers.program import ItemStep
 from tokenlab.train.records import write_atomic, write_json
 
@@ -68,6 +68,7 @@ def run(
         chosen = [arm for arm in resolved if not arms or arm.name in arms]
         diverged = _train(share_of(chosen, comparison.seeds, *share), folder, console)
     found = results.collect(comparison, resolved, amount, folder, command)
+    _find_loads(resolved, found, folder)
     if comparison.pictures:
         _draw(resolved, found, folder, comparison.pictures)
     write_json(folder / RESULTS, found)
@@ -133,6 +134,15 @@ def _draw(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path, rows: int
                 continue
             tokens_picture.save(path, batch, [section], arm.source.class_names)
         entry["pictures"] = [str(path.relative_to(folder))]
+
+
+def _find_loads(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path) -> None:
+    """For every arm with experts, how its first finished run loads them."""
+    for arm, entry in zip(arms, found["arms"], strict=True):
+        if entry["runs"] and expert_load.has_experts(arm.experiment.eval_model(arm.steps)):
+            trained = evaluate.load(folder / entry["runs"][0]["workdir"])
+            split = found["metric"]["split"]
+            entry["expert_load"] = expert_load.loads(trained.model, trained.params, arm.source, split) or None
 
 
 def _check_results(path: Path) -> None:

@@ -98,7 +98,7 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
     status = "finished" if whole else "diverged" if diverged else "partial" if done else "waiting"
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(experiment.abstract_state.params))
     kinds = ("flops", "flops_with_recompute", "layer_tokens")
-    counted = {kind: budget.Spending(experiment, kind)(arm.steps) for kind in kinds}
+    counted = {kind: budget.Spending(experiment, kind, costs=arm.costs)(arm.steps) for kind in kinds}
     blocks = [step for step in model.program.flat() if isinstance(step, BlockStep)]
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     return {
@@ -116,7 +116,7 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
         "layer_tokens": counted["layer_tokens"],
         "forward_flops": costs.forward_cost(model, experiment.task, experiment.source.spec).model_flops,
         "parameters": parameters,
-        "active_parameters": parameters,
+        "active_parameters": costs.active_parameters(model),
         "peak_bytes": max(peaks, default=None),
         "step_seconds": statistics.median(run["step_seconds"] for run in runs) if runs else None,
         "seconds": statistics.median(run["seconds"] for run in runs) if runs else None,

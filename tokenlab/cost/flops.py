@@ -210,7 +210,7 @@ def _expanded(eqn: Any) -> Any:
 def _walk(jaxpr: Any, place: _Place, tally: _Tally) -> None:
     for eqn in jaxpr.eqns:
         name, params, here = eqn.primitive.name, eqn.params, place.inside(eqn)
-        if operations.is_known(name):
+        if operations.is_known(name) or operations.named_call(eqn):
             tally.add(eqn, here)
         elif name in operations.CALLS:
             _walk(_called(params), here, tally)

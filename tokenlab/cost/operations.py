@@ -12,6 +12,7 @@ Conventions (those of XLA's own cost analysis, except where a line says otherwis
 * `bytes`: operands read and results written by matrix products, reductions, cumulative operations and sorts; the rows
   touched (not the whole array) by gather, scatter and dynamic slices, and the indices. Everything else is taken as
   fused into those, so a program that is only elementwise moves none.
+* A grouped product of `tokenlab.ops.grouped` counts as a ragged one, whatever loop computes it.
 * Collectives cost nothing here: they move data between devices, not FLOPs.
 """
 
@@ -251,6 +252,22 @@ _RULES |= dict.fromkeys(
     "scatter-add scatter-sub scatter-mul scatter-min scatter-max".split(), _scatter_combining
 )
 
+
+def _grouped_product(eqn: Any) -> OperationCost:
+    """Of `tokenlab.ops.grouped`: every row of x with one matrix, as `lax.ragged_dot`, however the loop cuts them."""
+    x, other = eqn.invars[:2]
+    return OperationCost(flops=2 * size(x) * other.aval.shape[-1], bytes=_all_bytes(eqn))
+
+
+NAMED_CALLS: dict[str, Rule] = {"grouped_rows": _grouped_product, "grouped_weights": _grouped_product}
+"""Jitted functions that stand for one operation, by name; what they are made of does not count."""
+
+
+def named_call(eqn: Any) -> bool:
+    """Whether an equation calls one of `NAMED_CALLS`."""
+    return eqn.primitive.name in ("jit", "pjit") and eqn.params.get("name") in NAMED_CALLS
+
+
 _registered: dict[str, Rule] = {}
 
 
@@ -282,8 +299,10 @@ def is_known(primitive: str) -> bool:
 
 
 def operation_cost(eqn: Any) -> OperationCost:
-    """What executing one equation costs; `is_known(eqn.primitive.name)` must hold."""
+    """What executing one equation costs; `is_known(eqn.primitive.name)` or `named_call(eqn)` must hold."""
     name = eqn.primitive.name
+    if named_call(eqn):
+        return NAMED_CALLS[eqn.params["name"]](eqn)
     if name in DATA_MOVEMENT:
         return OperationCost()
     if name in ELEMENTWISE:

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
+import flax.linen as nn
+
 from tokenlab.core.errors import TokenLabError, suggest
 from tokenlab.core.stack import Call, Stack, Value
 from tokenlab.layers.item import Item, Score
@@ -62,7 +64,13 @@ def bind(stack: Stack, call: Call, target: Callable[..., Any], resolver: Resolve
             stack.fail(call.span, f"{call.name} has no argument {name!r}.{suggest(name, named)}")
         if name in arguments:
             stack.fail(call.span, f"{call.name}: {name!r} is given twice.")
-        arguments[name] = convert(stack, call, name, value, hints.get(name, Any), resolver)
+        hint = hints.get(name, Any)
+        if isinstance(value, Call) and any(
+            inspect.isclass(each) and issubclass(each, nn.Module) for each in _options(hint)
+        ):
+            arguments[name] = build_ffn(stack, value, resolver, *given)
+        else:
+            arguments[name] = convert(stack, call, name, value, hint, resolver)
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
     if missing:
         stack.fail(call.span, f"{call.name} needs {missing[0]!r}: {call.name}({_signature(parameters)}).")
@@ -74,7 +82,7 @@ def bind(stack: Stack, call: Call, target: Callable[..., Any], resolver: Resolve
 
 def convert(stack: Stack, call: Call, name: str, value: Value, hint: Any, resolver: Resolver) -> Any:
     """`value` as the annotated type `hint`, or a StackError that says what was expected."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
+    options = _options(hint)
     span = value.span if isinstance(value, Call) else call.span
     if isinstance(value, Call):
         if any(inspect.isclass(option) and issubclass(option, Score) for option in options):
@@ -112,6 +120,15 @@ def build_score(stack: Stack, call: Call, resolver: Resolver) -> Score:
     return bind(stack, call, found, resolver)
 
 
+def build_ffn(stack: Stack, call: Call, resolver: Resolver, *given: Any) -> nn.Module:
+    """The feed-forward layer a name such as `mlp` or `soft_moe(experts=8)` stands for."""
+    try:
+        factory = resolver.ffn(call.name)
+    except TokenLabError as error:
+        stack.fail(call.span, str(error))
+    return bind(stack, call, factory, resolver, *given)
+
+
 def build_item(stack: Stack, call: Call, resolver: Resolver) -> Item:
     """The item a call stands for; its body, if it has one, is not looked into."""
     try:
@@ -137,8 +154,10 @@ def _signature(parameters: list[inspect.Parameter]) -> str:
     return ", ".join(map(show, parameters))
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Union
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _words(option: Any) -> tuple[str, ...]:

@@ -36,10 +36,12 @@ class Aux:
     Attributes:
       losses: name -> scalar, already weighted; added to the task's loss as they are.
       metrics: name -> (sum, count) scalars; reported as sum / count.
+      load: [E], the share of work of each expert of this very layer; None elsewhere. It does not add up over layers.
     """
 
     losses: Mapping[str, Array] = struct.field(default_factory=dict)
     metrics: Mapping[str, tuple[Array, Array]] = struct.field(default_factory=dict)
+    load: Array | None = None
 
     def __add__(self, other: Aux) -> Aux:
         losses = dict(self.losses)

@@ -78,6 +78,7 @@ def run(
     execution: Execution = "auto",
     remat: str = "none",
     trace: list[TracePoint] | None = None,
+    loads: dict[str, Array] | None = None,
 ) -> tuple[Tokens, Aux]:
     """Run a program.
 
@@ -90,6 +91,7 @@ def run(
       execution: "scan" folds equal steps into loops, "unroll" does not, "auto" see `resolve_execution`.
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
       trace: collects a `TracePoint` at every item; unrolls.
+      loads: with `trace`, collects the load of the experts, [E], by the name of their block.
 
     Returns:
       tokens after the last step; losses and metrics.
@@ -104,7 +106,7 @@ def run(
         raise ConfigError(f"remat {remat!r} is unknown.{suggest(remat, ['none', *REMAT_POLICIES])}")
     folded = trace is None and resolve_execution(execution, program.depth) == "scan"
     steps = program.folded() if folded else program.steps
-    runner = _Runner(context, remat, trace)
+    runner = _Runner(context, remat, trace, loads)
     tokens, aux, _ = runner.steps(steps, _stacks(program, state, drop_path), tokens)
     return tokens, aux
 
@@ -125,8 +127,14 @@ def _stacks(program: Program, state: Mapping[str, Mapping[str, Any]], drop_path:
 class _Runner:
     """Holds what does not change from step to step."""
 
-    def __init__(self, context: Context, remat: str, trace: list[TracePoint] | None):
-        self.context, self.remat, self.trace = context, remat, trace
+    def __init__(
+        self,
+        context: Context,
+        remat: str,
+        trace: list[TracePoint] | None,
+        loads: dict[str, Array] | None,
+    ):
+        self.context, self.remat, self.trace, self.loads = context, remat, trace, loads
 
     def steps(
         self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens
@@ -164,7 +172,10 @@ class _Runner:
         if self.remat != "none":
             compute = jax.checkpoint(compute, policy=REMAT_POLICIES[self.remat], prevent_cse=True)
         with jax.named_scope(step.name):
-            return compute(stacks, tokens, self.context)
+            tokens, aux, readings = compute(stacks, tokens, self.context)
+        if self.trace is not None and self.loads is not None and aux.load is not None:
+            self.loads[step.name] = aux.load
+        return tokens, aux.replace(load=None), readings  # of this block alone
 
     def item(
         self,

@@ -41,12 +41,14 @@ class Head(nn.Module):
       pool: "cls" takes the first token, "mean" see `pooled_mean`.
       dtype: compute dtype of the norm; the classifier runs in float32.
       norm_eps: eps of the norm.
+      bias: initial value of the classifier's biases.
     """
 
     outputs: int
     pool: Pool
     dtype: Any = jnp.float32
     norm_eps: float = 1e-6
+    bias: float = 0.0
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "norm/scale": (None,),
@@ -64,5 +66,10 @@ class Head(nn.Module):
         """Tokens -> logits [B, outputs] float32, pooled features [B, D] float32, normed tokens [B, N, D]."""
         x = LayerNorm(self.dtype, self.norm_eps, name="norm")(tokens.x)
         pooled = x[:, 0].astype(jnp.float32) if self.pool == "cls" else pooled_mean(x, tokens)
-        logits = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="classifier")(pooled)
+        logits = nn.Dense(
+            self.outputs,
+            kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.constant(self.bias),
+            name="classifier",
+        )(pooled)
         return logits, pooled, x

@@ -21,6 +21,7 @@ class Output:
       tokens: all tokens after the final norm [B, N, D].
       aux: losses (weighted already) and metrics of the model's parts.
       trace: tokens at every reduction, when `record` was asked for. Static.
+      loads: name of the block -> [E], the share of work of each of its experts, when `record` was asked for.
     """
 
     logits: Array
@@ -28,6 +29,7 @@ class Output:
     tokens: Array
     aux: Aux
     trace: tuple[TracePoint, ...] = struct.field(pytree_node=False, default=())
+    loads: Mapping[str, Array] = struct.field(default_factory=dict)
 
     @property
     def losses(self) -> Mapping[str, Array]:

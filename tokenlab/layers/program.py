@@ -19,7 +19,7 @@ from jax import Array
 from tokenlab.core.errors import TokenLabError, suggest
 from tokenlab.core.stack import Call, Node, Repeat, Sequence, Span, Stack
 from tokenlab.layers.attention import Reading
-from tokenlab.layers.bind import Resolver, bind, build_item
+from tokenlab.layers.bind import Resolver, build_ffn, build_item
 from tokenlab.layers.block import Block
 from tokenlab.layers.context import name_seed
 from tokenlab.layers.ffn import FFNDefaults
@@ -370,12 +370,8 @@ class _Builder:
             chosen[name] = value
         block = self.block
         if ffn := chosen.get("ffn"):
-            try:
-                factory = self.resolver.ffn(ffn.name)
-            except TokenLabError as error:
-                self.stack.fail(ffn.span, str(error))
-            block = replace(block, ffn=bind(self.stack, ffn, factory, self.resolver, self.ffn_defaults))
-            block = replace(block, ffn_name=ffn.name)
+            made = build_ffn(self.stack, ffn, self.resolver, self.ffn_defaults)
+            block = replace(block, ffn=made, ffn_name=ffn.name)
         index, self.blocks = self.blocks, self.blocks + 1
         between = None
         if call_between := chosen.get("between"):

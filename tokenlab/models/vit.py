@@ -59,6 +59,7 @@ class ViTConfig:
       width, num_heads, mlp_dim, patch: in place of the size's D, H, F, p.
       num_kv_heads: G, grouped-query heads; None for G = H.
       head: "cls" token or "mean" of the patches.
+      head_bias: initial bias of every class; -log(classes) makes the first sigmoid loss small.
       registers: number of register tokens.
       position: "learned", "sincos", "rope" or "none".
       position_grid: (rows, columns) the positions are made for; None for the grid of the data. Set it when weights
@@ -82,6 +83,7 @@ class ViTConfig:
     mlp_dim: int | None = None
     patch: int | None = None
     head: Literal["cls", "mean"] = "cls"
+    head_bias: float = 0.0
     registers: int = 0
     position: Literal["learned", "sincos", "rope", "none"] = "learned"
     position_grid: tuple[int, int] | None = None
@@ -193,7 +195,9 @@ class ViT:
     @cached_property
     def head(self) -> Head:
         """The module under state["head"]."""
-        return Head(self.num_outputs, self.settings.head, self.dtype, self.settings.norm_eps)
+        return Head(
+            self.num_outputs, self.settings.head, self.dtype, self.settings.norm_eps, self.settings.head_bias
+        )
 
     @cached_property
     def program(self) -> program.Program:
@@ -299,7 +303,8 @@ class ViT:
           train: drop path and router noise on.
           rng: key of this step; needed in training and by random scores. None: a fixed key, so that evaluation gives
             the same at every call.
-          record: collect the tokens at every reduction in `Output.trace` (unrolls the stack).
+          record: collect the tokens at every reduction in `Output.trace`, and the load of experts in `Output.loads`
+            (unrolls the stack).
           execution, remat: in place of the settings'.
 
         Raises:
@@ -320,6 +325,7 @@ class ViT:
         if record:
             tokens = tokens.replace(owner=tokens.position)
         trace: list[execute.TracePoint] = []
+        loads: dict[str, Array] = {}
         tokens, aux = execute.run(
             self.program,
             state,
@@ -329,10 +335,11 @@ class ViT:
             execution=execution or self.settings.execution,
             remat=remat or self.settings.remat,
             trace=trace if record else None,
+            loads=loads,
         )
         with jax.named_scope("head"):
             logits, features, normed = self.head.apply({"params": state["head"]}, tokens)
-        return Output(logits, features, normed, aux, tuple(trace))
+        return Output(logits, features, normed, aux, tuple(trace), loads)
 
 
 Config = ViTConfig

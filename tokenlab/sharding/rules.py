@@ -28,6 +28,7 @@ Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 DEFAULT_RULES: Rules = MappingProxyType(
     {
         "batch": ("data", "fsdp", "expert"),
+        "group": ("data", "fsdp"),
         "embed": "fsdp",
         "heads": "tensor",
         "mlp": "tensor",

@@ -1,10 +1,10 @@
-"""classify: one label an example; softmax cross-entropy, accuracy."""
+"""classify: one label an example; softmax or sigmoid cross-entropy, accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,14 @@ class ClassifyConfig:
     """Settings.
 
     Attributes:
+      loss: "softmax" cross-entropy, or "sigmoid": the sum over classes of binary ones (Beyer et al. 2020, arXiv
+        2006.07159).
       label_smoothing: share of the target spread over all classes in training, in [0, 1).
       mixup, cutmix: alpha >= 0 of `tokenlab.ops.mix` in training; 0 for none. With both, each example takes one
         of them at even odds. Accuracy in training is then of the label that an image began with.
     """
 
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -61,7 +64,7 @@ class Classify:
     def loss(
         self, model: Any, params: Any, batch: Mapping[str, Array], *, rng: Array, train: bool
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        """Mean cross-entropy over the unmasked rows plus the model's own losses; see `tokenlab.tasks.Task`.
+        """Mean loss over the unmasked rows plus the model's own losses; see `tokenlab.tasks.Task`.
 
         At evaluation, with more than 5 classes, the metrics have "top5_accuracy" too. A tie across the fifth place
         counts as the share of the orders of the tied classes that put the label in.
@@ -79,7 +82,10 @@ class Classify:
             target = optax.smooth_labels(target, self.settings.label_smoothing)
         if share is not None:
             target = mix.mix_targets(target, share)
-        each = optax.softmax_cross_entropy(logits, target)
+        if self.settings.loss == "softmax":
+            each = optax.softmax_cross_entropy(logits, target)
+        else:
+            each = optax.sigmoid_binary_cross_entropy(logits, target).sum(axis=-1)
         weight = jnp.sum(mask)
         mean = jnp.sum(each * mask) / jnp.maximum(weight, 1.0)
         hit = (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)

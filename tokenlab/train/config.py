@@ -39,7 +39,7 @@ class ScheduleConfig:
         name: constant, linear, cosine, rsqrt or wsd.
         warmup_steps: linear warm-up from 0 to the peak, for every schedule.
         final: learning rate at the end as a fraction of the peak, in [0, 1] (linear, cosine and wsd).
-        decay_steps: length of the last, falling part (wsd only; None = 0.2).
+        decay_steps: length of the last, falling part (wsd, None = 0.2; rsqrt, None = there is none).
         timescale: steps over which 1/sqrt falls (rsqrt only; None = `warmup_steps`).
     """
 
@@ -70,6 +70,8 @@ class OptimizerConfig:
         learning_rate: peak of the schedule, > 0.
         schedule: how the learning rate changes.
         weight_decay: decay per step as a fraction of the learning rate, >= 0, of kernels only.
+        decays: path -> decay in place of `weight_decay` for every parameter under it, kernel or not, such as
+            {"head/classifier/kernel": 3.0}; the longest path counts.
         clip: largest global gradient norm, > 0; None = not clipped.
         accumulate: microbatches per step, >= 1; it must divide `config.batch_size`.
         ema: decay in (0, 1) of the moving average of parameters that evaluation uses; None = none is kept.
@@ -80,6 +82,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     weight_decay: float = 0.05
+    decays: Mapping[str, float] = field(default_factory=dict)
     clip: float | None = 1.0
     accumulate: int = 1
     ema: float | None = None
@@ -88,6 +91,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _number("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
         _number("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        for path, decay in self.decays.items():
+            _number(f"optimizer.decays[{path!r}]", decay, decay >= 0, "a number >= 0")
         if self.clip is not None:
             _number("optimizer.clip", self.clip, self.clip > 0, "a norm > 0, or None for no clipping")
         _whole("optimizer.accumulate", self.accumulate, 1, "a number of microbatches >= 1")
@@ -145,15 +150,23 @@ class InitFrom:
     Attributes:
         path: workdir of another run, or one of its checkpoints; None = a fresh initialisation.
         fresh: parameter paths ("head", "items/keep") that are initialised anew instead of loaded.
+        upcycle: that run is dense and this one has experts, which begin as copies of its feed-forward layers; routers
+            begin anew. See `tokenlab.models.upcycle`.
+        upcycle_noise: standard deviation of noise on each copy, relative to that of the parameter; >= 0.
     """
 
     path: str | None = None
     fresh: tuple[str, ...] = ()
+    upcycle: bool = False
+    upcycle_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(
-            self.path is not None or not self.fresh, "init_from.fresh", self.fresh, "() unless path is set"
-        )
+        given = self.path is not None
+        _require(given or not self.fresh, "init_from.fresh", self.fresh, "() unless path is set")
+        _require(given or not self.upcycle, "init_from.upcycle", self.upcycle, "False unless path is set")
+        noise = self.upcycle_noise
+        _require(noise >= 0, "init_from.upcycle_noise", noise, "a number >= 0")
+        _require(self.upcycle or not noise, "init_from.upcycle_noise", noise, "0 unless upcycle is True")
 
 
 @dataclass(frozen=True)

@@ -87,3 +87,21 @@ def _size(tree: Any, *, stacked: bool = False) -> int:
 
 def _key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def active_parameters(model: Any) -> int:
+    """Parameters that one token meets, on average: of E experts, as many as are computed for each token.
+
+    For Soft MoE that is S / N of E, the slots computed for each token, although every slot is a mean of all of them.
+    """
+    shapes = model.abstract_state()
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    for step in model.program.flat():
+        if not isinstance(step, BlockStep) or not hasattr(step.block.ffn, "num_experts"):
+            continue
+        layer, kind = step.block.ffn, dict(step.kinds)["ffn"]
+        stacked = jax.tree.leaves(shapes[kind[0]][kind[1]]["experts"])  # [layers of this kind, E, ...]
+        of_experts = sum(math.prod(leaf.shape[1:]) for leaf in stacked)
+        used = min(1.0, layer.experts_per_token(step.after) / layer.num_experts)
+        total -= round(of_experts * (1 - used))
+    return total

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from tokenlab.core.errors import CheckpointError
+from tokenlab.layers.program import Program
 from tokenlab.models.state import fit_state
+from tokenlab.models.upcycle import upcycle
 from tokenlab.sharding.rules import path_of
 from tokenlab.train.checkpoint import Which, load_params
 from tokenlab.train.config import InitFrom
@@ -33,13 +35,14 @@ def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[s
     return load_params(path, meta["step"], part="ema") if meta["ema"] else (params, meta)
 
 
-def load(config: InitFrom, shapes: Any) -> dict[str, np.ndarray]:
+def load(config: InitFrom, shapes: Any, program: Program | None = None) -> dict[str, np.ndarray]:
     """The parameters that `config.init_from` says to load, by path ("head/kernel"); the rest is initialised.
 
     Args:
         config: `path` is a workdir or its checkpoints folder: its newest checkpoint is read, of it the moving average
             where one was kept. Parameters under a path of `fresh` are left to initialisation.
         shapes: parameters of the new model (anything with `shape`).
+        program: its stack, for `config.upcycle`.
 
     Raises:
         CheckpointError: no readable checkpoint; a parameter that only one side has, or of another shape, and that is
@@ -52,9 +55,11 @@ def load(config: InitFrom, shapes: Any) -> dict[str, np.ndarray]:
             f"config.init_from.path is {config.path!r}, no folder: give the workdir of another run."
         )
     tree, _ = evaluation_params(config.path)
-    leaves, _ = fit_state(
-        tree, shapes, config.fresh, source=f"the checkpoint in {config.path}", left_out=False
-    )
+    source, fresh = f"the checkpoint in {config.path}", config.fresh
+    if config.upcycle:
+        tree, anew = upcycle(tree, program, shapes, noise=config.upcycle_noise, source=source)
+        fresh = (*fresh, *anew)
+    leaves, _ = fit_state(tree, shapes, fresh, source=source, left_out=False)
     return leaves
 
 

@@ -73,7 +73,8 @@ def run(
         window(0, experiment.config.steps, experiment.stack_vars.changes(experiment.config.steps))
     loaded: Mapping[str, Any] = {}
     if not _has_checkpoint(Path(workdir)):
-        loaded = initialize.load(experiment.config.init_from, experiment.model.abstract_state())
+        model = experiment.model
+        loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model.program)
     compilation.use_cache(experiment.config.compilation_cache)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(Workdir(workdir, config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,23 +77,53 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def _decoupled_decay(schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
-    """Adds -learning_rate * decay * parameter to the updates of kernels, after the optimizer has scaled them.
+def decays(params: Any, decay: float, others: Mapping[str, float]) -> Any:
+    """The weight decay of every leaf: `decay` for kernels, 0 for the rest, and what `others` says by path.
+
+    Raises:
+        ConfigError: a path in `others` under which there is no parameter.
+    """
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for given in others:
+        if not any(_under(path, given) for path in paths):
+            tops = {"/".join(path.split("/")[:depth]) for path in paths for depth in (1, 2, 3, 4)}
+            raise ConfigError(
+                f"config.optimizer.decays has {given!r}, which is no parameter.{suggest(given, tops)}"
+            )
+
+    def of(path: Any, leaf: Any) -> float:
+        name = path_of(path)
+        found = [given for given in others if _under(name, given)]
+        if found:
+            return float(others[max(found, key=len)])
+        return decay if decayed(name, len(leaf.shape)) else 0.0
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _under(path: str, name: str) -> bool:
+    return f"{path}/".startswith(f"{name.strip('/')}/")
+
+
+def _decoupled_decay(
+    schedule: optax.Schedule, decay: float, others: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Adds -learning_rate * decay * parameter to the updates, after the optimizer has scaled them; see `decays`.
 
     Source: Loshchilov and Hutter 2019 (Decoupled Weight Decay Regularization), algorithm 1, line 9.
     """
 
     def init(params: Any) -> optax.ScaleByScheduleState:
-        del params
+        decays(params, decay, others)  # a path that fits nothing is told before the first step
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        factor = schedule(state.count) * decay
+        rate = schedule(state.count)
         updates = jax.tree.map(
-            lambda update, param, yes: update - factor * param if yes else update,
+            lambda update, param, own: update - rate * own * param if own else update,
             updates,
             params,
-            decay_mask(params),
+            decays(params, decay, others),
         )
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
 
@@ -184,7 +215,10 @@ def build(config: OptimizerConfig, steps: int) -> Optimizer:
     schedule = schedules.build(config.schedule, config.learning_rate, steps)
     options = dict(config.options)
     mask = next((name for name in ("mask", "weight_decay_mask") if name in accepted), None)
-    native = mask is not None and "weight_decay" in accepted
+    takes = mask is not None and "weight_decay" in accepted
+    native = takes and not config.decays
+    if takes and config.decays:
+        options |= {"weight_decay": 0.0}
     if native:
         options |= {"weight_decay": config.weight_decay, mask: decay_mask}
     try:
@@ -194,10 +228,11 @@ def build(config: OptimizerConfig, steps: int) -> Optimizer:
         raise ConfigError(
             f"optax.{config.name} does not accept config.optimizer.options: {reason}"
         ) from error
-    if config.weight_decay and not native:
-        transform = optax.chain(transform, _decoupled_decay(schedule, config.weight_decay))
+    if (config.weight_decay or config.decays) and not native:
+        transform = optax.chain(transform, _decoupled_decay(schedule, config.weight_decay, config.decays))
     parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps)]
     parts += [f"weight decay {config.weight_decay:g}"] if config.weight_decay else []
+    parts += [f"{decay:g} of {path}" for path, decay in config.decays.items()]
     parts += [f"clipped at {config.clip:g}"] if config.clip is not None else []
     parts += [f"{config.accumulate} microbatches"] if config.accumulate > 1 else []
     parts += [f"moving average {config.ema:g}"] if config.ema is not None else []

@@ -32,7 +32,7 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
         constant  peak
         linear    peak * (1 - (1 - final) u)
         cosine    peak * (final + (1 - final) (1 + cos(pi u)) / 2)
-        rsqrt     peak / sqrt(1 + (t - W) / timescale)
+        rsqrt     peak / sqrt(1 + (t - W) / timescale), times (T - t) / decay_steps in the last decay_steps
         wsd       peak until T - decay_steps, from there in a straight line to peak * final
 
     Args:
@@ -57,7 +57,7 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
             hint = f" Every schedule warms up: use {config.name.removeprefix('warmup_')!r} with warmup_steps."
         raise NameLookupError(f"{where}.name is {config.name!r}, which is no schedule.{hint}")
     for key, owners in (
-        ("decay_steps", ("wsd",)),
+        ("decay_steps", ("wsd", "rsqrt")),
         ("timescale", ("rsqrt",)),
         ("final", ("linear", "cosine", "wsd")),
     ):
@@ -82,7 +82,12 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
         timescale = steps_of(config.warmup_steps if config.timescale is None else config.timescale, total)
         if timescale < 1:
             raise ConfigError(f"{where}.timescale is {timescale} steps for rsqrt: set it to at least 1.")
-        body = _rsqrt(peak, timescale)
+        decay = steps_of(config.decay_steps or 0, total)
+        if decay > left:
+            raise ConfigError(
+                f"{where}.decay_steps is {decay} steps: expected 1 to {left}, the steps after the warm-up."
+            )
+        body = _rsqrt(peak, timescale, left, decay)
     else:
         decay = steps_of(0.2 if config.decay_steps is None else config.decay_steps, total)
         if not 1 <= decay <= left:
@@ -96,10 +101,11 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
 
 
-def _rsqrt(peak: float, timescale: int) -> optax.Schedule:
+def _rsqrt(peak: float, timescale: int, left: int, decay: int) -> optax.Schedule:
     def schedule(step: Any) -> Any:
         # join_schedules evaluates the body before its start too, where the root's argument would be negative.
-        return peak / jnp.sqrt(1.0 + jnp.maximum(step, 0) / timescale)
+        rate = peak / jnp.sqrt(1.0 + jnp.maximum(step, 0) / timescale)
+        return rate * jnp.clip((left - step) / decay, 0.0, 1.0) if decay else rate
 
     return schedule
 
@@ -116,6 +122,8 @@ def describe(config: ScheduleConfig, peak: float, total: int) -> str:
     if config.name == "rsqrt":
         scale = config.warmup_steps if config.timescale is None else config.timescale
         text += f", timescale {steps_of(scale, total)}"
+        if config.decay_steps:
+            text += f", falling to 0 in the last {steps_of(config.decay_steps, total)}"
     return text + (f", the first {warmup} of them warm-up" if warmup else "")
 
 

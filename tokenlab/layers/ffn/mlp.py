@@ -12,6 +12,7 @@ from jax import Array
 
 from tokenlab.layers.activation import activation
 from tokenlab.layers.ffn import FFNDefaults, width_of
+from tokenlab.ops.grouped import Implementation, group_of, grouped_matmul
 
 
 class MLP(nn.Module):
@@ -51,6 +52,27 @@ class MLP(nn.Module):
             return nn.Dense(
                 x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="down"
             )(hidden)
+
+    def grouped(
+        self,
+        params: Mapping[str, Any],
+        rows: Array,
+        sizes: Array,
+        *,
+        implementation: Implementation | None = None,
+    ) -> Array:
+        """As experts on sorted rows: params each [E, ...], rows [M, D] in groups of `sizes` [E] -> [M, D]."""
+        params, rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), (params, rows))
+        group = group_of(sizes, rows.shape[0])
+
+        def dense(name: str, x: Array) -> Array:
+            bias = params[name]["bias"].at[group].get(mode="fill", fill_value=0)
+            return grouped_matmul(x, params[name]["kernel"], sizes, implementation=implementation) + bias
+
+        with jax.named_scope("up"):
+            hidden = activation(self.activation)(dense("up", rows))
+        with jax.named_scope("down"):
+            return dense("down", hidden)
 
 
 def ffn(defaults: FFNDefaults, *, hidden: int | None = None) -> MLP:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokenlab.layers.ffn import FFNDefaults, width_of
+from tokenlab.ops.grouped import Implementation, grouped_matmul
 
 
 class SwiGLU(nn.Module):
@@ -47,6 +48,25 @@ class SwiGLU(nn.Module):
             hidden = jax.nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
         with jax.named_scope("down"):
             return dense(x.shape[-1], "down")(hidden)
+
+    def grouped(
+        self,
+        params: Mapping[str, Any],
+        rows: Array,
+        sizes: Array,
+        *,
+        implementation: Implementation | None = None,
+    ) -> Array:
+        """As experts on sorted rows: params each [E, ...], rows [M, D] in groups of `sizes` [E] -> [M, D]."""
+        params, rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), (params, rows))
+
+        def dense(name: str, x: Array) -> Array:
+            return grouped_matmul(x, params[name]["kernel"], sizes, implementation=implementation)
+
+        with jax.named_scope("up"):
+            hidden = jax.nn.silu(dense("gate", rows)) * dense("up", rows)
+        with jax.named_scope("down"):
+            return dense("down", hidden)
 
 
 def ffn(defaults: FFNDefaults, *, hidden: int | None = None) -> SwiGLU:

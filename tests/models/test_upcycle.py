@@ -1,0 +1,103 @@
+"""Upcycling: experts begin as copies of the dense layer of their block, and what does not fit is told."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from tokenlab import models, train
+from tokenlab.core.errors import CheckpointError, ConfigError
+from tokenlab.models.state import flat
+from tokenlab.models.upcycle import upcycle
+from tokenlab.train.config import default_config
+
+SPEC = {"image": ((8, 8, 1), "float32")}
+LAYERS = (
+    "soft_moe(experts=4, slots=2)",
+    "tokens_choice(experts=3)",
+    "experts_choice(experts=2)",
+    "dropless(experts=3, shared=1)",
+    "grin(experts=3)",
+)
+
+
+def model(stack, **settings):
+    given = {"name": "vit", "size": "nano/2", "stack": stack, **settings}
+    return models.build(given, spec=SPEC, num_outputs=5)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return jax.tree.map(np.asarray, model("block*3").init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_experts_are_copies_of_their_own_block(dense, layer):
+    name = layer.partition("(")[0]
+    target = model(f"block(ffn={layer}) + block + block(ffn={layer})")
+    shapes = target.abstract_state()
+    made, fresh = upcycle(dense, target.program, shapes)
+    for path, leaf in flat(dense["blocks"]["mlp"]).items():
+        for place, block in enumerate((0, 2)):
+            for expert in made[f"blocks/{name}/experts/{path}"][place]:
+                np.testing.assert_array_equal(expert, leaf[block])
+        np.testing.assert_array_equal(made[f"blocks/mlp/{path}"], leaf[1:2])
+    assert {path for path in fresh if "/router" in path}
+    assert {*made, *fresh} == set(flat(shapes))
+    np.testing.assert_array_equal(
+        made["blocks/attention/out/kernel"], dense["blocks"]["attention"]["out"]["kernel"]
+    )
+
+
+def test_noise_parts_the_copies(dense):
+    target = model("block*2 + block(ffn=tokens_choice(experts=4))")
+    shapes = target.abstract_state()
+    plain, _ = upcycle(dense, target.program, shapes)
+    noisy, _ = upcycle(dense, target.program, shapes, noise=0.1)
+    path = "blocks/tokens_choice/experts/up/kernel"
+    difference = noisy[path] - plain[path]
+    assert difference.std() == pytest.approx(0.1 * plain[path].std(), rel=0.1)
+    assert np.abs(np.corrcoef(difference[0].reshape(4, -1))[0, 1:]).max() < 0.2
+    np.testing.assert_array_equal(noisy["blocks/mlp/up/kernel"], plain["blocks/mlp/up/kernel"])
+
+
+def test_what_does_not_fit_is_told(dense):
+    def of(stack):
+        target = model(stack)
+        return upcycle(dense, target.program, target.abstract_state(), source="the checkpoint in a")
+
+    with pytest.raises(CheckpointError, match=r"the stack 'block\*3' has no experts"):
+        of("block*3")
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint in a has no layer like that.*expert=mlp\(hidden"
+    ):
+        of("block*2 + block(ffn=soft_moe(experts=2, expert=mlp(hidden=7)))")
+    with pytest.raises(CheckpointError, match="has no layer like that in each of its 4 blocks"):
+        of("block*3 + block(ffn=soft_moe(experts=2))")
+
+
+def test_settings_that_contradict():
+    config = default_config()
+    config.init_from.upcycle = True
+    with pytest.raises(ConfigError, match=r"init_from.upcycle.*unless path is set"):
+        train.run(config, "/nowhere")
+    config.init_from.update(upcycle=False, path="a", upcycle_noise=0.1)
+    with pytest.raises(ConfigError, match="upcycle_noise"):
+        train.run(config, "/nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS)
+def test_from_a_dense_run_to_one_with_experts(tmp_path, layer):
+    """End to end: the upcycled run begins far better than one from scratch, and trains."""
+    config = default_config()
+    config.update(steps=150, batch_size=64, log_every=50, eval_every=150, checkpoint_every=150)
+    config.model.update(size="nano/2", stack="block*2")
+    train.run(config, tmp_path / "dense")
+    config.update(steps=20, eval_every=20, log_every=5)
+    config.model.stack = f"block + block(ffn={layer})"
+    fresh = train.run(config, tmp_path / "fresh")
+    config.init_from.update(path=str(tmp_path / "dense"), upcycle=True, upcycle_noise=0.01)
+    found = train.run(config, tmp_path / "upcycled")
+    assert found["validation"]["loss"] < 0.7 * fresh["validation"]["loss"]

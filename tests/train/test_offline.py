@@ -1,0 +1,79 @@
+"""Steps compiled for devices that need not be there: memory a device, and what they move."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tokenlab.core.config import to_dataclass
+from tokenlab.core.errors import ShardingError
+from tokenlab.sharding import topology
+from tokenlab.sharding.check import collectives
+from tokenlab.train.config import TrainConfig, default_config
+from tokenlab.train.offline import compile_step
+
+ROOT = Path(__file__).parents[2]
+SPEC = {"image": ((8, 8, 1), "float32"), "label": ((), "int32")}
+
+FOR_A_SLICE = """
+import json, sys
+from collections import Counter
+from tokenlab.core.config import load, to_dataclass
+from tokenlab.sharding.check import collectives
+from tokenlab.sharding.topology import topology
+from tokenlab.train.config import TrainConfig
+from tokenlab.train.offline import compile_step
+config = load("configs/soft_moe.py:S/16")
+config.batch_size = 1024
+spec = {"image": ((224, 224, 3), "float32"), "label": ((), "int32")}
+mesh = {"data": 2, "expert": 8}
+made = compile_step(to_dataclass(TrainConfig, config), spec, 1000, topology("v5e:4x4"), mesh)
+across = [each.kind for each in collectives(made.compiled) if each.crosses(made.mesh, ("expert",))]
+said = {"state": made.state_bytes, "temporary": made.temporary_bytes, "seconds": made.seconds}
+print(json.dumps({**said, "across": across}))
+"""
+
+
+def test_on_devices_that_are_there():
+    config = default_config()
+    config.update(batch_size=16)
+    config.model.update(size="nano/2", stack="block + block(ffn=tokens_choice(experts=4))")
+    devices = jax.devices()[:8]
+    made = compile_step(to_dataclass(TrainConfig, config), SPEC, 5, devices, {"data": 2, "expert": 4})
+    assert "all-to-all" in {each.kind for each in collectives(made.compiled)}
+    alone = compile_step(to_dataclass(TrainConfig, config), SPEC, 5, devices[:1], {"data": 1})
+    assert made.state_bytes < alone.state_bytes and made.peak_bytes > made.state_bytes
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ShardingError, match="pip install libtpu"):
+        topology.topology("v5e:4x4")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (.ci/run does it)"
+)
+def test_soft_moe_for_a_tpu_slice(capsys):
+    """S/16 with 128 experts on a v5e of 4 x 4: fits, exchanges tokens, and gathers nothing over the expert axis."""
+    done = subprocess.run(
+        [sys.executable, "-c", FOR_A_SLICE], cwd=ROOT, capture_output=True, text=True, timeout=900,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    state, more = (said[key] / 2**30 for key in ("state", "temporary"))
+    with capsys.disabled():
+        print(
+            f"\nv5e:4x4, batch 1024: {state:.2f} + {more:.2f} GiB a chip, compiled in {said['seconds']:.0f} s"
+        )
+    assert said["state"] + said["temporary"] < 15.75 * 2**30
+    assert said["across"].count("all-to-all") >= 4 and "all-gather" not in said["across"]

@@ -1,0 +1,182 @@
+"""Any module as experts: one set of weights each, stacked along a leading axis, run on the buffers of a dispatch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokenlab.core.errors import ConfigError, ShapeError
+from tokenlab.layers.context import Aux
+from tokenlab.layers.ffn import FFNDefaults
+from tokenlab.layers.ffn.mlp import MLP
+from tokenlab.ops import grouped
+from tokenlab.ops.dispatch import Bank
+
+Axes = Mapping[str, tuple[str | None, ...]]
+
+
+def bank(
+    owner: nn.Module,
+    expert: nn.Module,
+    count: int,
+    width: int,
+    *,
+    name: str = "experts",
+    same_init: bool = False,
+    train: bool = False,
+    implementation: grouped.Implementation | None = None,
+) -> Bank:
+    """`count` experts whose weights are parameter `name` of `owner`, each leaf [E, ...]. Call it inside `nn.compact`.
+
+    Args:
+      owner: the module that holds the weights.
+      expert: what an expert is: maps [B, C, D] to [B, C, D'], every row alone. A module that offers
+        `grouped(params, rows, sizes, implementation=...)` runs on sorted rows by grouped products (`MLP`, `SwiGLU`);
+        any other runs on them block by block.
+      count: E, at least 1.
+      width: D.
+      same_init: all experts begin with the same weights (as the published Soft MoE configurations do).
+      train: handed to experts that take it.
+      implementation: of the grouped products.
+
+    Raises: ConfigError for count < 1, or an expert that gives back more than an array.
+    """
+    if count < 1:
+        raise ConfigError(f"num_experts must be at least 1; got {count}.")
+    if hasattr(expert, "num_experts"):
+        raise ConfigError(
+            f"a layer with a router of its own cannot be an expert; got {type(expert).__name__}."
+        )
+    expert = expert.clone(parent=None, name=None)
+    takes = inspect.signature(type(expert).__call__).parameters
+    how = {"train": train} if "train" in takes else {}
+
+    def init(key: Array) -> Any:
+        def one(key: Array) -> Any:
+            return dict(expert.init(key, jnp.zeros((1, 1, width)), **how).get("params", {}))
+
+        if same_init:
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), one(key))
+        return jax.vmap(one)(jax.random.split(key, count))
+
+    params = owner.param(name, init)
+
+    def apply(params: Any, rows: Array) -> Array:
+        out = expert.apply({"params": params}, rows, **how)
+        if not isinstance(out, jax.Array):
+            raise ConfigError(
+                f"an expert returns one array; {type(expert).__name__} returns {type(out).__name__}. "
+                "A layer with a router of its own cannot be an expert."
+            )
+        return out
+
+    def groups(params: Any, rows: Array, sizes: Array) -> Array:
+        if hasattr(expert, "grouped"):
+            return expert.grouped(params, rows, sizes, implementation=implementation)
+        grouped.check_implementation(implementation)
+        return grouped.map_blocks(lambda own, part: apply(own, part[None])[0], params, rows, sizes)
+
+    return Bank(params, jax.vmap(apply), groups)
+
+
+def axes_of(expert: nn.Module, name: str = "experts") -> Axes:
+    """Logical axes of a bank's weights: those of the expert behind "expert"."""
+    if not hasattr(expert, "axes"):
+        raise ConfigError(
+            f"{type(expert).__name__} does not say how its parameters are sharded; give it a method `axes()` that "
+            "returns the logical axes of every parameter, as tokenlab.layers.ffn.mlp.MLP does."
+        )
+    return {f"{name}/{path}": ("expert", *axes) for path, axes in expert.axes().items()}
+
+
+def shared(
+    owner: nn.Module, expert: nn.Module, count: int, x: Array, valid: Array | None, *, train: bool
+) -> Array | float:
+    """The sum of `count` further experts that every token passes, [B, N, D], zeros for padding; 0.0 for none."""
+    if count < 0:
+        raise ConfigError(f"shared must be at least 0; got {count}.")
+    if count == 0:
+        return 0.0
+    made = bank(owner, expert, count, x.shape[-1], name="shared", train=train)
+    with jax.named_scope("shared"):
+        y = made.buffers(made.params, jnp.broadcast_to(x, (count, *x.shape))).sum(axis=0)
+    return y if valid is None else jnp.where(valid[..., None], y, 0)
+
+
+def default_expert(expert: nn.Module | None, width: int) -> nn.Module:
+    """The expert, or an MLP of four times the width."""
+    return MLP(4 * width) if expert is None else expert
+
+
+def router_kernel(owner: nn.Module, x: Array, experts: int) -> Array:
+    """Logits [B, N, E] of a linear router without bias, float32 whatever x is (its kernel is parameter "router")."""
+    kernel = owner.param("router", nn.initializers.lecun_normal(), (x.shape[-1], experts), jnp.float32)
+    with jax.named_scope("router"):
+        return x.astype(jnp.float32) @ kernel
+
+
+def report(
+    losses: Mapping[str, Array], metrics: Mapping[str, Array], load: Array | None, *, train: bool
+) -> Aux:
+    """What an expert layer says beside its result: losses in training only, metrics, the experts' load [E]."""
+    return Aux.of(losses if train else {}, metrics).replace(load=load)
+
+
+def check_transport(name: str, transport: str | None) -> None:
+    """Raise ConfigError unless it is None or "bfloat16"."""
+    if transport not in (None, "bfloat16"):
+        raise ConfigError(f"{name}: transport must be None or 'bfloat16'; got {transport!r}.")
+
+
+def check_width(x: Array, y: Array) -> Array:
+    """y. Raises ShapeError when experts changed the width."""
+    if x.shape != y.shape:
+        raise ShapeError(f"experts take and give [B, N, D]: from {x.shape} they made {y.shape}.")
+    return y
+
+
+def as_ffn(layer: type[nn.Module], *, examples: tuple[str, ...]) -> Callable[..., nn.Module]:
+    """The factory `ffn(defaults, *, experts, ...)` that makes an expert layer a feed-forward layer of the stack.
+
+    Its arguments are the fields of `layer`, by name, with `num_experts` written `experts`; without `expert` an expert
+    is the model's own dense layer.
+
+    Args:
+      layer: a Linen module with the field `num_experts`.
+      examples: stacks the contract tests run, for models of 16 patches, a CLS token and width 16.
+    """
+    hints = typing.get_type_hints(layer)
+    fields = [each for each in dataclasses.fields(layer) if each.name not in ("parent", "name")]
+    spelt = {"num_experts": "experts"}
+
+    def ffn(defaults: FFNDefaults, **arguments: Any) -> nn.Module:
+        given = {field: arguments[word] for field, word in words.items() if word in arguments}
+        if given.get("expert") is None:
+            given["expert"] = MLP(defaults.hidden, defaults.activation, defaults.dtype)
+        return layer(**given)
+
+    words = {each.name: spelt.get(each.name, each.name) for each in fields}
+    keyword, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(
+            words[each.name],
+            keyword,
+            default=empty if each.default is dataclasses.MISSING else each.default,
+            annotation=hints[each.name],
+        )
+        for each in fields
+    ]
+    first = inspect.Parameter("defaults", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=FFNDefaults)
+    ffn.__signature__ = inspect.Signature([first, *parameters])
+    ffn.__annotations__ = {each.name: each.annotation for each in (first, *parameters)}
+    ffn.__doc__ = f"`block(ffn=...)`: a `{layer.__name__}`; its attributes are the arguments."
+    ffn.examples = examples
+    return ffn

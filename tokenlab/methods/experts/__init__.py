@@ -1,0 +1,1 @@
+"""Experts: many feed-forward networks, of which a token uses some."""

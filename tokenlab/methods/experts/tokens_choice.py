@@ -1,0 +1,182 @@
+"""tokens_choice: every token goes to its K best experts, as long as there is room (V-MoE, arXiv 2106.05974).
+
+Claim (Riquelme et al., NeurIPS 2021): V-MoE-L/16 matches ViT-H/14 on JFT-300M with under half of its training compute;
+with batch-priority routing a capacity of 1/2 costs little (their figures 1 and 5).
+
+    g = softmax(X W_r + noise)                     X [N, D], W_r [D, E]; noise ~ N(0, (noise / E)^2) in training
+    experts of token n: the K largest g[n]; weights g, not renormalised
+    y[n] = sum over its experts e with room of g[n, e] * expert_e(x[n])
+
+Each expert has C = ceil(N K capacity / E) places an example. All first choices queue before all second ones, each in
+the order of the sequence, or with `batch_priority` by the largest gate. A token without a place gets zeros here and
+goes on by the residual alone.
+
+Balance: importance and load losses (their appendix A), GShard's, the router's z-loss, each weighted here and added
+once; or `bias`: a number an expert, added to gates for choosing only, that rises while the expert gets too little (Wang
+et al. 2024, arXiv 2408.15664). It is a parameter whose gradient is minus the sign of what is missing, so the optimizer
+moves it: under Adam by about its learning rate a step, under SGD by `bias` times that.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tokenlab.core.errors import ConfigError
+from tokenlab.layers import experts as banks
+from tokenlab.layers.context import Aux
+from tokenlab.ops import route
+from tokenlab.ops.dispatch import Indexed
+
+
+class TokensChoice(nn.Module):
+    """`TokensChoice(num_experts=8, k=2)(x)` on normed tokens [B, N, D]: the result, and losses, metrics and load.
+
+    Attributes:
+      num_experts: E.
+      k: choices of each token, 1..E.
+      capacity: factor on an even spread that sets the places of an expert, > 0.
+      eval_capacity: the same outside training; None for `capacity`.
+      multiple_of: places are raised to a multiple of this.
+      batch_priority: the surest tokens get their places first.
+      noise: the router's in training, divided by E; >= 0.
+      importance, load, gshard, z: weights of the losses, >= 0; `load` needs noise.
+      bias: balance by a bias in place of losses; the size of its gradient, 0 for none.
+      expert: what an expert is, see `tokenlab.layers.experts.bank`; None for an MLP of hidden width 4 D.
+      shared: further experts that every token passes.
+      form: "indexed" gathers, "weighted" multiplies by one-hot arrays [B, N, E, C].
+      same_init: all experts begin alike.
+      transport: "bfloat16" rounds tokens and results on their way; None keeps their dtype.
+    """
+
+    num_experts: int
+    k: int = 1
+    capacity: float = 1.05
+    eval_capacity: float | None = None
+    multiple_of: int = 1
+    batch_priority: bool = False
+    noise: float = 1.0
+    importance: float = 0.005
+    load: float = 0.005
+    gshard: float = 0.0
+    z: float = 0.0
+    bias: float = 0.0
+    expert: nn.Module | None = None
+    shared: int = 0
+    form: Literal["indexed", "weighted"] = "indexed"
+    same_init: bool = False
+    transport: Literal["bfloat16"] | None = None
+
+    def experts_per_token(self, tokens: int) -> float:
+        """Experts chosen by each token: K."""
+        del tokens
+        return float(self.k)
+
+    @property
+    def stochastic(self) -> bool:
+        """Draws at random in training."""
+        return self.noise > 0
+
+    def axes(self) -> banks.Axes:
+        """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
+        expert = banks.default_expert(self.expert, 1)
+        own = {"router": ("embed", None)} | ({"bias": (None,)} if self.bias else {})
+        return {**own, **banks.axes_of(expert), **(banks.axes_of(expert, "shared") if self.shared else {})}
+
+    def _check(self) -> None:
+        for name in ("noise", "importance", "load", "gshard", "z", "bias"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"tokens_choice: {name} must be at least 0; got {getattr(self, name)}.")
+        route.check_word("tokens_choice: form", self.form, ("indexed", "weighted"))
+        if self.load and not self.noise:
+            raise ConfigError(
+                "tokens_choice: the load loss exists only with router noise; set load=0.0, or noise."
+            )
+
+    @nn.compact
+    def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> tuple[Array, Aux]:
+        """[B, N, D] -> [B, N, D] in x's dtype; each example is a group.
+
+        Args:
+          x: normed tokens.
+          valid: [B, N] bool, False for padding: it takes no place and gets zeros.
+          train: noise and losses on; noise needs the rng "ffn".
+
+        Raises: ShapeError for tokens that are not floating [B, N, D]; ConfigError, TokenLabError for settings out of
+          range.
+        """
+        self._check()
+        x = route.check_tokens(x, valid)
+        banks.check_transport("tokens_choice", self.transport)
+        tokens, count = x.shape[1], self.num_experts
+        expert = banks.default_expert(self.expert, x.shape[-1])
+        bank = banks.bank(self, expert, count, x.shape[-1], same_init=self.same_init, train=train)
+        logits = banks.router_kernel(self, x, count)
+        with jax.named_scope("router"):
+            noisy = logits
+            if self.noise and train:
+                noisy = logits + self.noise / count * jax.random.normal(self.make_rng("ffn"), logits.shape)
+            gates = jax.nn.softmax(noisy)
+            factor = self.capacity if train or self.eval_capacity is None else self.eval_capacity
+            places = route.capacity(tokens, count, factor, choices=self.k, multiple_of=self.multiple_of)
+            bias = self.param("bias", nn.initializers.zeros, (count,), jnp.float32) if self.bias else None
+            chosen = route.tokens_choice(
+                gates,
+                self.k,
+                batch_priority=self.batch_priority,
+                valid=valid,
+                rank_by=None if bias is None else gates + bias,
+            )
+            plan = Indexed.of_choices(chosen, count, places, self.transport)
+        y = (plan if self.form == "indexed" else plan.weights()).run(bank, x)
+        y = banks.check_width(x, y) + banks.shared(self, expert, self.shared, x, valid, train=train)
+
+        kept = chosen.place < places
+        asked = chosen.expert < count  # padding asks for nothing
+        metrics = {
+            "capacity_factor": jnp.float32(places * count / (tokens * self.k)),
+            "dropped": 1.0 - (kept & asked).sum() / jnp.maximum(asked.sum(), 1),
+            "router_entropy": route.entropy(gates, valid),
+        }
+        wanted = route.load(chosen.expert, count)
+        metrics["expert_load_max"] = count * wanted.max()
+        losses = self._losses(logits, noisy, gates, chosen.expert, valid) if train else {}
+        if bias is not None:
+            missing = lax.stop_gradient(jnp.sign(1.0 / count - wanted))
+            losses["router_bias"] = -self.bias * jnp.sum(
+                (bias - lax.stop_gradient(bias)) * missing
+            )  # of value 0
+        load = route.load(chosen.expert, count, kept & asked)
+        return y.astype(x.dtype), banks.report(losses, metrics, load, train=train)
+
+    def _losses(
+        self, logits: Array, noisy: Array, gates: Array, expert: Array, valid: Array | None
+    ) -> dict[str, Array]:
+        """Those with a weight, weighted."""
+        found = {}
+        if self.importance:
+            clean = jax.nn.softmax(logits)
+            found["importance_loss"] = self.importance * route.importance_loss(clean, valid)
+        if self.load:
+            std = self.noise / self.num_experts
+            found["load_loss"] = self.load * route.load_loss(logits, noisy, self.k, std, valid)
+        if self.gshard:
+            found["gshard_loss"] = self.gshard * route.gshard_loss(gates, expert, valid)
+        if self.z:
+            found["router_z_loss"] = self.z * route.z_loss(logits, valid)
+        return found
+
+
+ffn = banks.as_ffn(
+    TokensChoice,
+    examples=(
+        "block + block(ffn=tokens_choice(experts=4, k=2, capacity=0.75))",
+        "block + block(ffn=tokens_choice(experts=3, batch_priority=True, bias=0.001, importance=0.0, "
+        "load=0.0, form=weighted))",
+    ),
+)
+BENCHMARK = {"8 experts": "block*6 + block(ffn=tokens_choice(experts=8, capacity=1.0))*6"}

@@ -1,0 +1,265 @@
+"""Dispatch: tokens to experts and back, in three forms that execute what a router decided.
+
+    Weighted   each place of a buffer is a weighted mean of all tokens (Soft MoE); two products
+    Indexed    each place holds one token or none (a capacity); gather and scatter-add
+    Sorted     no buffers: the choices sorted by expert (no token dropped); grouped products
+
+All have `dispatch(x)`, `combine(y)`, and `run(bank, x)`, which is both with the experts between them. The first two
+make buffers [E, B, C, D], the last rows [B * N * K, D] and the size of each group.
+
+On a mesh with an `expert` axis the experts lie along it and the batch along all of data, fsdp and expert. Buffers are
+first computed where their tokens are and then handed over: one all-to-all there, one back, and no expert's weights
+move along the expert axis. `Sorted` does it inside `jax.shard_map`, by `tokenlab.ops.exchange`.
+
+`transport="bfloat16"` rounds what travels, tokens on the way in and results on the way out, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
+
+from tokenlab.core.errors import ShapeError
+from tokenlab.ops import exchange
+from tokenlab.ops.exchange import Exchange
+from tokenlab.ops.route import Chosen, Taken
+from tokenlab.sharding.constrain import constrain
+from tokenlab.sharding.rules import DEFAULT_RULES
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Experts as functions of their weights.
+
+    Attributes:
+      params: tree of arrays, each [E, ...].
+      buffers: (params, [E, B, C, D]) -> [E, B, C, D'].
+      groups: (params, rows [M, D], sizes [E]) -> [M, D'].
+    """
+
+    params: Any
+    buffers: Callable[[Any, Array], Array]
+    groups: Callable[[Any, Array, Array], Array]
+
+
+class _Buffered:
+    """What `Weighted` and `Indexed` share."""
+
+    def run(self, bank: Bank, x: Array) -> Array:
+        """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
+        return self.combine(bank.buffers(bank.params, self.dispatch(x)))
+
+    def dispatch(self, x: Array) -> Array:
+        """[B, N, D] -> [E, B, C, D]."""
+        raise NotImplementedError
+
+    def combine(self, y: Array) -> Array:
+        """[E, B, C, D] -> [B, N, D]."""
+        raise NotImplementedError
+
+
+@struct.dataclass
+class Weighted(_Buffered):
+    """Places are weighted means of tokens, results weighted means of places.
+
+    Attributes:
+      into: [B, N, E, C] weight of token n in place c of expert e.
+      back: [B, N, E, C] weight of place c of expert e in the result of token n.
+      transport: dtype of what travels, None for the tokens' own.
+    """
+
+    into: Array
+    back: Array
+    transport: str | None = struct.field(pytree_node=False, default=None)
+
+    def dispatch(self, x: Array) -> Array:
+        """[B, N, D] -> [E, B, C, D]."""
+        x = _rounded(x, self.transport)
+        return _to_experts(jnp.einsum("bnec,bnd->ebcd", self.into.astype(x.dtype), x))
+
+    def combine(self, y: Array) -> Array:
+        """[E, B, C, D] -> [B, N, D]."""
+        y = _rounded(_to_tokens(y), self.transport)
+        return jnp.einsum("bnec,ebcd->bnd", self.back.astype(y.dtype), y)
+
+
+@struct.dataclass
+class Indexed(_Buffered):
+    """Places hold single tokens. Its memory is that of the buffers and of E * C indices, whatever N is.
+
+    Attributes:
+      token: [B, E, C] int32; `tokens` for a place that is empty.
+      weight: [B, E, C] float32, what the result of that place is multiplied by.
+      tokens: N.
+      transport: dtype of what travels, None for the tokens' own.
+    """
+
+    token: Array
+    weight: Array
+    tokens: int = struct.field(pytree_node=False)
+    transport: str | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def of_choices(cls, chosen: Chosen, experts: int, places: int, transport: str | None = None) -> Indexed:
+        """From tokens that chose: those whose place is at or beyond `places` are dropped."""
+        batch, n, k = chosen.expert.shape
+        address = jnp.where(chosen.place < places, chosen.expert * places + chosen.place, experts * places)
+        owner = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[:, None], (n, k)).reshape(-1)
+
+        def one(address: Array, weight: Array) -> tuple[Array, Array]:
+            # Padding has expert E, so its address is beyond the buffers as well.
+            how = {"mode": "drop", "unique_indices": True}
+            token = jnp.full((experts * places,), n, jnp.int32).at[address].set(owner, **how)
+            return token, jnp.zeros((experts * places,), weight.dtype).at[address].set(weight, **how)
+
+        token, weight = jax.vmap(one)(address.reshape(batch, -1), chosen.weight.reshape(batch, -1))
+        shape = (batch, experts, places)
+        return cls(token.reshape(shape), weight.reshape(shape), n, transport)
+
+    @classmethod
+    def of_taken(cls, taken: Taken, tokens: int, transport: str | None = None) -> Indexed:
+        """From experts that took tokens."""
+        return cls(taken.token, taken.weight, tokens, transport)
+
+    def weights(self) -> Weighted:
+        """The same as `Weighted`, for small E * C, where products are faster than gathering."""
+        there = jax.nn.one_hot(self.token, self.tokens, dtype=self.weight.dtype, axis=1)  # [B, N, E, C]
+        return Weighted(there, there * self.weight[:, None], self.transport)
+
+    def dispatch(self, x: Array) -> Array:
+        """[B, N, D] -> [E, B, C, D]; empty places are zeros."""
+        if x.shape[1] != self.tokens:
+            raise ShapeError(f"dispatch: made for {self.tokens} tokens, got {x.shape[1]}.")
+        dtype = x.dtype
+        travelling = x if self.transport is None else x.astype(self.transport)
+        rows = jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(travelling, self.token)
+        return _to_experts(jnp.moveaxis(rows, 1, 0)).astype(dtype)
+
+    def combine(self, y: Array) -> Array:
+        """[E, B, C, D] -> [B, N, D]; tokens in no place get zeros."""
+        dtype = y.dtype
+        travelling = y if self.transport is None else y.astype(self.transport)
+        rows = jnp.moveaxis(_to_tokens(travelling), 0, 1).astype(dtype)
+        rows = rows * self.weight[..., None].astype(dtype)
+
+        def one(token: Array, rows: Array) -> Array:
+            empty = jnp.zeros((self.tokens, rows.shape[-1]), dtype)
+            return empty.at[token.reshape(-1)].add(rows.reshape(-1, rows.shape[-1]), mode="drop")
+
+        return jax.vmap(one)(self.token, rows)
+
+
+@struct.dataclass
+class Sorted:
+    """Every choice is computed; rows of one expert stand together.
+
+    Attributes:
+      expert: [B, N, K] int32 in 0..E-1; E for padding, which is not computed.
+      weight: [B, N, K] float32.
+      experts: E.
+      transport: dtype of what travels between devices, None for the tokens' own.
+      exchange: see `tokenlab.ops.exchange`.
+      boost: [B, N, K]; experts get the gradient of each choice multiplied by it (for GRIN). None for 1.
+    """
+
+    expert: Array
+    weight: Array
+    experts: int = struct.field(pytree_node=False)
+    transport: str | None = struct.field(pytree_node=False, default=None)
+    exchange: Exchange | None = struct.field(pytree_node=False, default=None)
+    boost: Array | None = None
+
+    def order(self) -> tuple[Array, Array]:
+        """[B * N * K] indices of choices, sorted by expert, in the order of tokens within one; sizes [E]."""
+        flat = self.expert.reshape(-1)
+        sizes = (flat[:, None] == jnp.arange(self.experts)).sum(axis=0, dtype=jnp.int32)
+        return jnp.argsort(flat, stable=True), sizes
+
+    def dispatch(self, x: Array) -> tuple[Array, Array]:
+        """[B, N, D] -> rows [B * N * K, D] and the sizes of their groups, [E] int32."""
+        order, sizes = self.order()
+        x = _rounded(x, self.transport)
+        return x.reshape(-1, x.shape[-1])[order // self.expert.shape[-1]], sizes
+
+    def combine(self, y: Array) -> Array:
+        """[B * N * K, D] -> [B, N, D]."""
+        order, sizes = self.order()
+        batch, n, k = self.expert.shape
+        y = _rounded(y, self.transport)
+        there = jnp.arange(y.shape[0]) < sizes.sum()
+        y = jnp.where(there[:, None], y, 0)
+        by_choice = y[jnp.argsort(order)].reshape(batch, n, k, -1)
+        if self.boost is not None:  # the value is unchanged, bit for bit: what is added is 0
+            still = jax.lax.stop_gradient(by_choice)
+            by_choice = still + (by_choice - still) * self.boost[..., None].astype(y.dtype)
+        return jnp.einsum("bnk,bnkd->bnd", self.weight.astype(y.dtype), by_choice)
+
+    def run(self, bank: Bank, x: Array) -> Array:
+        """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D'], every device sorting its own rows."""
+        axes, ways = _batch_axes()
+        if not axes:
+            return self._local(bank, bank.params, x, self, 1)
+        if self.experts % ways:
+            raise ShapeError(
+                f"{self.experts} experts cannot be split over mesh axis 'expert' of size {ways}."
+            )
+        rows, held = PartitionSpec(axes), PartitionSpec("expert") if ways > 1 else PartitionSpec()
+        local = jax.shard_map(
+            lambda params, x, own: self._local(bank, params, x, own, ways),
+            in_specs=(jax.tree.map(lambda _: held, bank.params), rows, jax.tree.map(lambda _: rows, self)),
+            out_specs=rows,
+            axis_names=_manual(axes),
+            check_vma=False,
+        )
+        return local(bank.params, x, self)
+
+    def _local(self, bank: Bank, params: Any, x: Array, own: Sorted, ways: int) -> Array:
+        """On the rows of one device, `own`, with the experts it holds."""
+        rows, sizes = own.dispatch(x)
+        if ways == 1:
+            return own.combine(bank.groups(params, rows, sizes))
+        travels = self.transport or x.dtype
+        sent = exchange.send(rows.astype(travels), sizes, "expert", ways, implementation=self.exchange)
+        y = bank.groups(params, sent.rows.astype(x.dtype), sent.sizes)
+        back = exchange.send_back(y.astype(travels), sent, len(rows), "expert", implementation=self.exchange)
+        return own.combine(back.astype(y.dtype))
+
+
+def _rounded(x: Array, transport: str | None) -> Array:
+    return x if transport is None else x.astype(transport).astype(x.dtype)
+
+
+def _to_experts(buffers: Array) -> Array:
+    """[E, B, C, D], computed where the tokens are, to where the experts are."""
+    return constrain(constrain(buffers, None, "batch", None, None), "expert", "group", None, None)
+
+
+def _to_tokens(buffers: Array) -> Array:
+    """And back."""
+    return constrain(constrain(buffers, "expert", "group", None, None), None, "batch", None, None)
+
+
+def _manual(axes: tuple[str, ...]) -> set[str]:
+    """Axes that `shard_map` takes over: these, and all others where those split nothing (a much smaller program)."""
+    mesh = get_abstract_mesh()
+    others = [axis for axis in mesh.axis_names if axis not in axes]
+    return set(axes) if any(mesh.shape[axis] > 1 for axis in others) else {*axes, *others}
+
+
+def _batch_axes() -> tuple[tuple[str, ...], int]:
+    """Axes of the mesh around that the batch is split over and that are still automatic; devices along `expert`."""
+    mesh = get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return (), 1
+    kinds: Mapping[str, AxisType] = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(axis for axis in DEFAULT_RULES["batch"] if kinds.get(axis) is AxisType.Auto)
+    if all(mesh.shape[axis] == 1 for axis in axes):
+        return (), 1
+    return axes, mesh.shape["expert"] if "expert" in axes else 1

@@ -1,0 +1,83 @@
+"""The training step of a configuration, compiled for devices that need not be there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tokenlab import models, tasks
+from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.train import optimizer as optimizers
+from tokenlab.train import schedule
+from tokenlab.train import state as states
+from tokenlab.train.config import TrainConfig
+from tokenlab.train.costs import Spec, batch_shapes
+from tokenlab.train.step import make_train_step, metric_names
+
+
+@dataclass(frozen=True)
+class Offline:
+    """A compiled step.
+
+    Attributes:
+      compiled: of `jax.jit(...).lower(...).compile()`; `tokenlab.sharding.check` reads it.
+      mesh: it was compiled for.
+      seconds: that compiling took.
+      state_bytes: of parameters, optimizer and batch, on each device.
+      temporary_bytes: of what the step needs besides, on each device.
+    """
+
+    compiled: Any
+    mesh: jax.sharding.Mesh
+    seconds: float
+    state_bytes: int
+    temporary_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that a device needs."""
+        return self.state_bytes + self.temporary_bytes
+
+
+def compile_step(
+    config: TrainConfig, spec: Spec, num_outputs: int, devices: Sequence[Any], mesh: Mapping[str, int]
+) -> Offline:
+    """Compile the train step of `config` for `devices`, from shapes alone: no data is read and nothing is run.
+
+    Args:
+      config: of the run; its model is scanned, whose program is small, unless the configuration says otherwise.
+      spec: key -> (shape, dtype) of one example, as data sources say it.
+      num_outputs: logits.
+      devices: of `tokenlab.sharding.topology.topology`, or real ones.
+      mesh: devices per axis, see `tokenlab.sharding.mesh.make_mesh`.
+
+    Raises:
+      TokenLabError: what does not fit. What the compiler raises, such as too little memory, passes through.
+    """
+    settings = dict(config.model)
+    if settings.get("execution", "auto") == "auto":
+        settings["execution"] = "scan"
+    first = schedule.stack_vars(config.stack_vars, config.steps).at(0)
+    model = models.build(settings, spec=spec, num_outputs=num_outputs, stack_vars=first)
+    task, optimizer = tasks.build(config.task), optimizers.build(config.optimizer, config.steps)
+    batch = batch_shapes(spec, config.batch_size)
+    names = metric_names(model, task, model.abstract_state(), batch)
+    shapes = jax.eval_shape(lambda: states.create(model, optimizer, names, config.seed))
+    made = make_mesh(mesh, devices)
+    places = states.shardings(shapes, model, made)
+    rows = NamedSharding(made, PartitionSpec(DEFAULT_RULES["batch"]))
+    start = time.perf_counter()
+    with jax.set_mesh(made):
+        step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows)
+        compiled = step.lower(shapes, batch).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Offline(
+        compiled, made, seconds, int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
+    )
