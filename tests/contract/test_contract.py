@@ -38,17 +38,23 @@ FIRST = list({(part.role, part.name): part for part in reversed(FOUND)}.values()
 each_first = pytest.mark.parametrize("part", FIRST, ids=str)
 
 
-@functools.cache
+def cached(function):
+    """`functools.cache`, apart for machine code that XLA optimises and that it does not (tests/conftest.py)."""
+    held = functools.cache(lambda quick, *given: function(*given))
+    return lambda *given: held(jax.config.jax_disable_most_optimizations, *given)
+
+
+@cached
 def fresh(stack):
     return jax.jit(parts.build(stack).init)(KEY)
 
 
-@functools.cache
+@cached
 def weights(stack):
     return redraw(fresh(stack))
 
 
-@functools.cache
+@cached
 def forward(stack):
     """A jitted function (state, images, key) -> logits, as in training, and a list that grows with every trace."""
     model, traces = parts.build(stack), []
@@ -74,7 +80,7 @@ def value_and_grad(model, images, cotangent, **how):
 def unrolled(images, cotangent):
     """Stack -> (logits, gradients) of the plain unrolled program, which several tests compare with."""
 
-    @functools.cache
+    @cached
     def of(stack):
         model = parts.build(stack)
         (_, logits), grads = value_and_grad(model, images, cotangent, execution="unroll")(weights(stack))

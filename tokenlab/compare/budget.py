@@ -20,6 +20,7 @@ from tokenlab.layers.program import BlockStep
 from tokenlab.train import experiment as experiments
 from tokenlab.train import schedule
 from tokenlab.train.experiment import Experiment
+from tokenlab.train.loop import AHEAD
 
 TOLERANCE = 0.005
 """An arm's counted spending may differ from the budget by this share of it, so two arms agree within twice that."""
@@ -36,9 +37,11 @@ is rounded to a step, so that spending does not quite rise with the steps."""
 
 UNITS = {"steps": "steps", "flops": "FLOPs", "seconds": "s", "layer_tokens": "layer tokens"}
 
-PROBE_ROUNDS = 7
-PROBE_SECONDS = 0.5
-"""A measured budget: every step is timed in as many rounds, in turn with the others, for so long each."""
+PROBE_ROUNDS = 5
+PROBE_SECONDS = 1.5
+PROBE_WARMUP = 3
+"""A measured budget: every step is timed in as many rounds, in turn with the others, for so long each, behind some
+steps in which the threads that make batches get going."""
 
 
 def scalable(config: ConfigDict) -> ConfigDict:
@@ -211,16 +214,29 @@ def _probes(experiment: Experiment) -> dict[str, Callable[[float], float]]:
 
     def run(at: int, at_least: float) -> float:
         state = experiment.init() if held["state"] is None else held["state"]
+        losses: list[Any] = []
         with experiment.batches(held["step"] % experiment.config.steps) as batches:
             batch = next(batches)
             compiled = experiment.compiled_step(at, state, batch)
-            start, count = time.perf_counter(), 0
-            while count < 2 or time.perf_counter() - start < at_least:
+
+            def step() -> None:
+                nonlocal state, batch
                 state, report = compiled.run(state, batch)
-                jax.block_until_ready(report.loss)
-                batch, count = next(batches, batch), count + 1
+                batch = next(batches, batch)
+                losses.append(report.loss)
+
+            for _ in range(PROBE_WARMUP):
+                step()
+            jax.block_until_ready(losses)
+            losses.clear()
+            start = time.perf_counter()
+            while len(losses) < 2 or time.perf_counter() - start < at_least:
+                step()
+                if len(losses) > AHEAD:  # as in training, the host runs so many steps ahead
+                    losses[-1 - AHEAD].block_until_ready()
+            jax.block_until_ready(losses)
             elapsed = time.perf_counter() - start
-        held.update(state=state, step=held["step"] + count)
-        return elapsed / count
+        held.update(state=state, step=held["step"] + PROBE_WARMUP + len(losses))
+        return elapsed / len(losses)
 
     return {key: partial(run, at) for key, at in pieces(experiment).items()}

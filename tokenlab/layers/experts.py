@@ -112,8 +112,8 @@ def shared(
 
 
 def default_expert(expert: nn.Module | None, width: int) -> nn.Module:
-    """The expert, or an MLP of four times the width."""
-    return MLP(4 * width) if expert is None else expert
+    """The expert, or an MLP of four times the width with the tanh form of GELU, as in the reference."""
+    return MLP(4 * width, "gelu_tanh") if expert is None else expert
 
 
 def router_kernel(owner: nn.Module, x: Array, experts: int) -> Array:

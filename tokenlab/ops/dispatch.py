@@ -82,12 +82,16 @@ class Weighted(_Buffered):
     def dispatch(self, x: Array) -> Array:
         """[B, N, D] -> [E, B, C, D]."""
         x = _rounded(x, self.transport)
-        return _to_experts(jnp.einsum("bnec,bnd->ebcd", self.into.astype(x.dtype), x))
+        batch, tokens, experts, places = self.into.shape
+        into = jnp.moveaxis(self.into.astype(x.dtype), 1, -1).reshape(batch, -1, tokens)
+        buffers = (into @ x).reshape(batch, experts, places, -1)
+        return _to_experts(jnp.swapaxes(buffers, 0, 1))
 
     def combine(self, y: Array) -> Array:
         """[E, B, C, D] -> [B, N, D]."""
-        y = _rounded(_to_tokens(y), self.transport)
-        return jnp.einsum("bnec,ebcd->bnd", self.back.astype(y.dtype), y)
+        y = jnp.swapaxes(_rounded(_to_tokens(y), self.transport), 0, 1)
+        batch, tokens, *_ = self.back.shape
+        return self.back.astype(y.dtype).reshape(batch, tokens, -1) @ y.reshape(batch, -1, y.shape[-1])
 
 
 @struct.dataclass
