@@ -2,9 +2,9 @@
 
     python experiments/expert_cost/run.py [--json=FILE] [--repeats=15]
 
-Forward and backward of one layer (weights and input differentiated), float32, width 128, hidden 512, 128 tokens and 128
-slots an example. Rows of an expert are batch x slots / experts. "over FLOPs" is the time over the dense layer's, divided
-by the counted FLOPs over the dense layer's: 1 means that a FLOP takes as long as there.
+Forward and backward of one layer (weights and input differentiated), float32, width 128, hidden 512, 128 tokens and
+128 slots an example. Rows of an expert are batch x slots / experts. "over FLOPs" is the time over the dense layer's,
+divided by the counted FLOPs over the dense layer's: 1 means that a FLOP takes as long as there.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from ml_collections.config_dict import ConfigDict
 
 from tokenlab.compare import CompareConfig
 from tokenlab.core import config as configs
@@ -17,6 +18,17 @@ COMPARISONS = sorted(FOLDER.glob("compare/*.py"))
 FILES = sorted(set(FOLDER.glob("**/*.py")) - {*COMPARISONS})
 
 
+def skip_without(settings: ConfigDict) -> None:
+    """Skip where the prepared set that is read is not there."""
+    if settings.name != "tfds":
+        return
+    folder = os.environ.get("TFDS_DATA_DIR")
+    if not folder:
+        pytest.skip("TFDS_DATA_DIR is not set: this configuration reads a prepared TFDS set")
+    if not (Path(folder) / settings.dataset).is_dir():
+        pytest.skip(f"{settings.dataset} is not in TFDS_DATA_DIR")
+
+
 def test_there_are_configs() -> None:
     assert FOLDER / "quickstart.py" in FILES
 
@@ -24,8 +36,7 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_config_builds(file: Path) -> None:
     config = configs.load(file)
-    if config.data.name == "tfds" and not os.environ.get("TFDS_DATA_DIR"):
-        pytest.skip("TFDS_DATA_DIR is not set: this configuration reads a prepared TFDS set")
+    skip_without(config.data)
     built = experiment.build(config)
     assert jax.tree.leaves(built.abstract_state.params)
     assert built.step_cost(0).model_flops > 0
@@ -36,8 +47,7 @@ def test_a_config_builds(file: Path) -> None:
 def test_a_comparison_builds(file: Path) -> None:
     config = configs.load(file)
     comparison = configs.to_dataclass(CompareConfig, config)
-    if config.base.data.name == "tfds" and not os.environ.get("TFDS_DATA_DIR"):
-        pytest.skip("TFDS_DATA_DIR is not set: this comparison reads a prepared TFDS set")
+    skip_without(config.base.data)
     for arm in comparison.arms:
         changes = {key: value for key, value in arm.items() if key != "name"}
         assert experiment.build(configs.override(config.base, changes)).step_cost(0).model_flops > 0

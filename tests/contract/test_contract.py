@@ -41,7 +41,7 @@ each_first = pytest.mark.parametrize("part", FIRST, ids=str)
 def cached(function):
     """`functools.cache`, apart for machine code that XLA optimises and that it does not (tests/conftest.py)."""
     held = functools.cache(lambda quick, *given: function(*given))
-    return lambda *given: held(jax.config.jax_disable_most_optimizations, *given)
+    return lambda *given: held(jax.config.values["jax_disable_most_optimizations"], *given)
 
 
 @cached

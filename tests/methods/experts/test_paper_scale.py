@@ -11,6 +11,8 @@ import pytest
 from tokenlab import models, tasks
 from tokenlab.core.config import load, to_dataclass
 from tokenlab.core.errors import ConfigError
+from tokenlab.data.source import ENCODED
+from tokenlab.data.transform import Transform
 from tokenlab.train import costs, optimizer
 from tokenlab.train.config import TrainConfig
 
@@ -41,6 +43,13 @@ def test_the_optimizer_finds_the_parameters_it_is_told_of(text):
     made = optimizer.build(config.optimizer, config.steps)
     jax.eval_shape(made.init, model.abstract_state())
     assert "3 of head/classifier/kernel" in made.description
+
+
+@pytest.mark.parametrize("text", ["soft_moe.py", "tokens_choice.py"])
+def test_its_images_are_of_the_size_that_the_model_takes(text):
+    data = load(f"{CONFIGS}/{text}").data
+    for said in (data.transform, data.eval_transform):
+        assert Transform(said, {"image": ((None, None, 3), ENCODED)}).spec["image"] == SPEC["image"]
 
 
 def test_an_active_parameter_is_one_that_a_token_meets():
