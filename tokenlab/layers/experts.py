@@ -97,23 +97,52 @@ def axes_of(expert: nn.Module, name: str = "experts") -> Axes:
     return {f"{name}/{path}": ("expert", *axes) for path, axes in expert.axes().items()}
 
 
-def shared(
-    owner: nn.Module, expert: nn.Module, count: int, x: Array, valid: Array | None, *, train: bool
-) -> Array | float:
-    """The sum of `count` further experts that every token passes, [B, N, D], zeros for padding; 0.0 for none."""
-    if count < 0:
-        raise ConfigError(f"shared must be at least 0; got {count}.")
-    if count == 0:
-        return 0.0
-    made = bank(owner, expert, count, x.shape[-1], name="shared", train=train)
-    with jax.named_scope("shared"):
-        y = made.buffers(made.params, jnp.broadcast_to(x, (count, *x.shape))).sum(axis=0)
-    return y if valid is None else jnp.where(valid[..., None], y, 0)
-
-
 def default_expert(expert: nn.Module | None, width: int) -> nn.Module:
     """The expert, or an MLP of four times the width with the tanh form of GELU, as in the reference."""
     return MLP(4 * width, "gelu_tanh") if expert is None else expert
+
+
+# What the layers of `tokenlab.methods.experts` share. They have the fields num_experts, expert, same_init and shared,
+# and may have implementation.
+
+
+def layer_bank(layer: nn.Module, x: Array, *, train: bool) -> Bank:
+    """The experts of a layer for tokens x [B, N, D]; see `bank`."""
+    return bank(
+        layer,
+        default_expert(layer.expert, x.shape[-1]),
+        layer.num_experts,
+        x.shape[-1],
+        same_init=layer.same_init,
+        train=train,
+        implementation=getattr(layer, "implementation", None),
+    )
+
+
+def layer_axes(layer: nn.Module, router: Axes) -> Axes:
+    """Logical axes of a layer's parameters: those of its router, its experts and its shared experts."""
+    expert = default_expert(layer.expert, 1)
+    return {**router, **axes_of(expert), **(axes_of(expert, "shared") if layer.shared else {})}
+
+
+def finish(layer: nn.Module, x: Array, y: Array, valid: Array | None, *, train: bool) -> Array:
+    """What the experts made of x, and what the shared experts add to it: [B, N, D] in x's dtype.
+
+    `layer.shared` further experts see every token; padding gets zeros of them, too.
+
+    Raises: ConfigError for a negative number of shared experts, ShapeError when experts changed the width.
+    """
+    if x.shape != y.shape:
+        raise ShapeError(f"experts take and give [B, N, D]: from {x.shape} they made {y.shape}.")
+    if layer.shared < 0:
+        raise ConfigError(f"shared must be at least 0; got {layer.shared}.")
+    if layer.shared:
+        expert = default_expert(layer.expert, x.shape[-1])
+        made = bank(layer, expert, layer.shared, x.shape[-1], name="shared", train=train)
+        with jax.named_scope("shared"):
+            more = made.buffers(made.params, jnp.broadcast_to(x, (layer.shared, *x.shape))).sum(axis=0)
+        y = y + (more if valid is None else jnp.where(valid[..., None], more, 0))
+    return y.astype(x.dtype)
 
 
 def router_kernel(owner: nn.Module, x: Array, experts: int) -> Array:
@@ -134,13 +163,6 @@ def check_transport(name: str, transport: str | None) -> None:
     """Raise ConfigError unless it is None or "bfloat16"."""
     if transport not in (None, "bfloat16"):
         raise ConfigError(f"{name}: transport must be None or 'bfloat16'; got {transport!r}.")
-
-
-def check_width(x: Array, y: Array) -> Array:
-    """y. Raises ShapeError when experts changed the width."""
-    if x.shape != y.shape:
-        raise ShapeError(f"experts take and give [B, N, D]: from {x.shape} they made {y.shape}.")
-    return y
 
 
 def as_ffn(layer: type[nn.Module], *, examples: tuple[str, ...]) -> Callable[..., nn.Module]:

@@ -66,9 +66,7 @@ class Dropless(nn.Module):
 
     def axes(self) -> banks.Axes:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        expert = banks.default_expert(self.expert, 1)
-        shared = banks.axes_of(expert, "shared") if self.shared else {}
-        return {"router": ("embed", None), **banks.axes_of(expert), **shared}
+        return banks.layer_axes(self, {"router": ("embed", None)})
 
     @nn.compact
     def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> tuple[Array, Aux]:
@@ -93,16 +91,7 @@ class Dropless(nn.Module):
         x = route.check_tokens(x, valid)
         banks.check_transport("dropless", self.transport)
         count = self.num_experts
-        expert = banks.default_expert(self.expert, x.shape[-1])
-        bank = banks.bank(
-            self,
-            expert,
-            count,
-            x.shape[-1],
-            same_init=self.same_init,
-            train=train,
-            implementation=self.implementation,
-        )
+        bank = banks.layer_bank(self, x, train=train)
         logits = banks.router_kernel(self, x, count)
         with jax.named_scope("router"):
             chosen, weight = self._choose(logits)
@@ -110,11 +99,8 @@ class Dropless(nn.Module):
                 chosen = jnp.where(valid[..., None], chosen, count)
                 weight = jnp.where(valid[..., None], weight, 0.0)
             plan = Sorted(chosen, weight, count, self.transport, self.exchange)
-        y = banks.check_width(x, plan.run(bank, x))
-        y = y + banks.shared(self, expert, self.shared, x, valid, train=train)
-        return y.astype(x.dtype), describe(
-            logits, chosen, count, valid, balance=self.balance, z=self.z, train=train
-        )
+        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        return y, describe(logits, chosen, count, valid, balance=self.balance, z=self.z, train=train)
 
     def _choose(self, logits: Array) -> tuple[Array, Array]:
         """Experts and weights, [B, N, K]."""

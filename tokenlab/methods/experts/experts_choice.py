@@ -74,9 +74,7 @@ class ExpertsChoice(nn.Module):
 
     def axes(self) -> banks.Axes:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        expert = banks.default_expert(self.expert, 1)
-        shared = banks.axes_of(expert, "shared") if self.shared else {}
-        return {"router": ("embed", None), **banks.axes_of(expert), **shared}
+        return banks.layer_axes(self, {"router": ("embed", None)})
 
     @nn.compact
     def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> tuple[Array, Aux]:
@@ -97,8 +95,7 @@ class ExpertsChoice(nn.Module):
         x = route.check_tokens(x, valid)
         banks.check_transport("experts_choice", self.transport)
         tokens, count = x.shape[1], self.num_experts
-        expert = banks.default_expert(self.expert, x.shape[-1])
-        bank = banks.bank(self, expert, count, x.shape[-1], same_init=self.same_init, train=train)
+        bank = banks.layer_bank(self, x, train=train)
         logits = banks.router_kernel(self, x, count)
         with jax.named_scope("router"):
             if self.noise and train:
@@ -107,8 +104,8 @@ class ExpertsChoice(nn.Module):
             places = self.places(tokens)
             taken = route.experts_choice(gates, places, valid=valid)
             plan = Indexed.of_taken(taken, tokens, self.transport)
-        y = (plan if self.form == "indexed" else plan.weights()).run(bank, x)
-        y = banks.check_width(x, y) + banks.shared(self, expert, self.shared, x, valid, train=train)
+        plan = plan if self.form == "indexed" else plan.weights()
+        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
 
         taken_by = jax.vmap(lambda token: jnp.zeros(tokens).at[token].add(1.0))
         times = taken_by(taken.token.reshape(len(x), -1))  # [B, N]: experts that took the token
@@ -120,7 +117,7 @@ class ExpertsChoice(nn.Module):
             "router_entropy": route.entropy(jax.nn.softmax(logits), valid),
         }
         load = (taken.weight > 0).sum(axis=(0, 2)).astype(jnp.float32)
-        return y.astype(x.dtype), banks.report({}, metrics, load / jnp.maximum(load.sum(), 1), train=train)
+        return y, banks.report({}, metrics, load / jnp.maximum(load.sum(), 1), train=train)
 
 
 ffn = banks.as_ffn(

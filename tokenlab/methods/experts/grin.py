@@ -203,9 +203,7 @@ class GRIN(nn.Module):
 
     def axes(self) -> banks.Axes:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        expert = banks.default_expert(self.expert, 1)
-        shared = banks.axes_of(expert, "shared") if self.shared else {}
-        return {"router": ("embed", None), **banks.axes_of(expert), **shared}
+        return banks.layer_axes(self, {"router": ("embed", None)})
 
     @nn.compact
     def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> tuple[Array, Aux]:
@@ -225,16 +223,7 @@ class GRIN(nn.Module):
         x = route.check_tokens(x, valid)
         banks.check_transport("grin", self.transport)
         count = self.num_experts
-        expert = banks.default_expert(self.expert, x.shape[-1])
-        bank = banks.bank(
-            self,
-            expert,
-            count,
-            x.shape[-1],
-            same_init=self.same_init,
-            train=train,
-            implementation=self.implementation,
-        )
+        bank = banks.layer_bank(self, x, train=train)
         logits = banks.router_kernel(self, x, count)
         with jax.named_scope("router"):
             draws = draw(self.make_rng("ffn"), logits.shape, self.k) if train else None
@@ -246,11 +235,8 @@ class GRIN(nn.Module):
                 weight = jnp.where(valid[..., None], weight, 0.0)
             boost = 1 / factor if self.expert_grad == "paper" else None
             plan = Sorted(chosen, weight, count, self.transport, self.exchange, boost)
-        y = banks.check_width(x, plan.run(bank, x))
-        y = y + banks.shared(self, expert, self.shared, x, valid, train=train)
-        return y.astype(x.dtype), describe(
-            logits, chosen, count, valid, balance=self.balance, z=0.0, train=train
-        )
+        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        return y, describe(logits, chosen, count, valid, balance=self.balance, z=0.0, train=train)
 
 
 ffn = banks.as_ffn(

@@ -122,10 +122,8 @@ class SoftMoE(nn.Module):
 
     def axes(self) -> banks.Axes:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        expert = banks.default_expert(self.expert, 1)
-        router = {"router/mu": ("embed", None, None), "router/scale": ()} if self._learned else {}
-        shared = banks.axes_of(expert, "shared") if self.shared else {}
-        return {**router, **banks.axes_of(expert), **shared}
+        learned = {"router/mu": ("embed", None, None), "router/scale": ()}
+        return banks.layer_axes(self, learned if self._learned else {})
 
     @property
     def _learned(self) -> bool:
@@ -149,8 +147,7 @@ class SoftMoE(nn.Module):
         x = check_tokens(x, valid)
         banks.check_transport("soft_moe", self.transport)
         tokens, places = x.shape[1], self.slots_of(x.shape[1])
-        expert = banks.default_expert(self.expert, x.shape[-1])
-        bank = banks.bank(self, expert, self.num_experts, x.shape[-1], same_init=self.same_init, train=train)
+        bank = banks.layer_bank(self, x, train=train)
         metrics: dict[str, Array] = {"capacity_factor": jnp.float32(self.experts_per_token(tokens))}
         if "identity" in (self.dispatch, self.combine):
             plan = self._identity(x, places, valid)
@@ -159,9 +156,8 @@ class SoftMoE(nn.Module):
                 into, back = self._mixing(x, places, valid, train)
             plan = Weighted(into, back, self.transport)
             metrics |= self._describe(into, back)
-        y = banks.check_width(x, plan.run(bank, x).astype(x.dtype))
-        y = y + banks.shared(self, expert, self.shared, x, valid, train=train)
-        return y.astype(x.dtype), banks.report({}, metrics, None, train=train)
+        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        return y, banks.report({}, metrics, None, train=train)
 
     def _mixing(self, x: Array, places: int, valid: Array | None, train: bool) -> tuple[Array, Array]:
         """Dispatch and combine weights; the ablations replace one by the plain mean."""

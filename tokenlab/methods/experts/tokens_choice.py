@@ -83,9 +83,8 @@ class TokensChoice(nn.Module):
 
     def axes(self) -> banks.Axes:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        expert = banks.default_expert(self.expert, 1)
-        own = {"router": ("embed", None)} | ({"bias": (None,)} if self.bias else {})
-        return {**own, **banks.axes_of(expert), **(banks.axes_of(expert, "shared") if self.shared else {})}
+        bias = {"bias": (None,)} if self.bias else {}
+        return banks.layer_axes(self, {"router": ("embed", None), **bias})
 
     def _check(self) -> None:
         for name in ("noise", "importance", "load", "gshard", "z", "bias"):
@@ -113,8 +112,7 @@ class TokensChoice(nn.Module):
         x = route.check_tokens(x, valid)
         banks.check_transport("tokens_choice", self.transport)
         tokens, count = x.shape[1], self.num_experts
-        expert = banks.default_expert(self.expert, x.shape[-1])
-        bank = banks.bank(self, expert, count, x.shape[-1], same_init=self.same_init, train=train)
+        bank = banks.layer_bank(self, x, train=train)
         logits = banks.router_kernel(self, x, count)
         with jax.named_scope("router"):
             noisy = logits
@@ -132,8 +130,8 @@ class TokensChoice(nn.Module):
                 rank_by=None if bias is None else gates + bias,
             )
             plan = Indexed.of_choices(chosen, count, places, self.transport)
-        y = (plan if self.form == "indexed" else plan.weights()).run(bank, x)
-        y = banks.check_width(x, y) + banks.shared(self, expert, self.shared, x, valid, train=train)
+        plan = plan if self.form == "indexed" else plan.weights()
+        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
 
         kept = chosen.place < places
         asked = chosen.expert < count  # padding asks for nothing
@@ -151,7 +149,7 @@ class TokensChoice(nn.Module):
                 (bias - lax.stop_gradient(bias)) * missing
             )  # of value 0
         load = route.load(chosen.expert, count, kept & asked)
-        return y.astype(x.dtype), banks.report(losses, metrics, load, train=train)
+        return y, banks.report(losses, metrics, load, train=train)
 
     def _losses(
         self, logits: Array, noisy: Array, gates: Array, expert: Array, valid: Array | None
