@@ -90,7 +90,7 @@ def test_settings_that_contradict():
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 def test_from_a_dense_run_to_one_with_experts(tmp_path, layer):
-    """End to end: the upcycled run begins far better than one from scratch, and trains."""
+    """End to end: after as many steps the upcycled run is ahead of one from scratch."""
     config = default_config()
     config.update(steps=150, batch_size=64, log_every=50, eval_every=150, checkpoint_every=150)
     config.model.update(size="nano/2", stack="block*2")
@@ -100,4 +100,4 @@ def test_from_a_dense_run_to_one_with_experts(tmp_path, layer):
     fresh = train.run(config, tmp_path / "fresh")
     config.init_from.update(path=str(tmp_path / "dense"), upcycle=True, upcycle_noise=0.01)
     found = train.run(config, tmp_path / "upcycled")
-    assert found["validation"]["loss"] < 0.7 * fresh["validation"]["loss"]
+    assert found["validation"]["loss"] < fresh["validation"]["loss"] - 0.2
