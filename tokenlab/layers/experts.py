@@ -125,22 +125,24 @@ def layer_axes(layer: nn.Module, router: Axes) -> Axes:
     return {**router, **axes_of(expert), **(axes_of(expert, "shared") if layer.shared else {})}
 
 
-def finish(layer: nn.Module, x: Array, y: Array, valid: Array | None, *, train: bool) -> Array:
-    """What the experts made of x, and what the shared experts add to it: [B, N, D] in x's dtype.
+def run(layer: nn.Module, plan: Any, made: Bank, x: Array, valid: Array | None, *, train: bool) -> Array:
+    """What the experts make of x by a dispatch, and what the shared experts add to it: [B, N, D] in x's dtype.
 
-    `layer.shared` further experts see every token; padding gets zeros of them, too.
+    `layer.shared` further experts see every token; padding gets zeros of them, too. While parameters are made nothing
+    is dispatched: the one example they are made with cannot be split over a mesh.
 
     Raises: ConfigError for a negative number of shared experts, ShapeError when experts changed the width.
     """
+    y = jnp.zeros_like(x) if layer.is_initializing() else plan.run(made, x)
     if x.shape != y.shape:
         raise ShapeError(f"experts take and give [B, N, D]: from {x.shape} they made {y.shape}.")
     if layer.shared < 0:
         raise ConfigError(f"shared must be at least 0; got {layer.shared}.")
     if layer.shared:
         expert = default_expert(layer.expert, x.shape[-1])
-        made = bank(layer, expert, layer.shared, x.shape[-1], name="shared", train=train)
+        others = bank(layer, expert, layer.shared, x.shape[-1], name="shared", train=train)
         with jax.named_scope("shared"):
-            more = made.buffers(made.params, jnp.broadcast_to(x, (layer.shared, *x.shape))).sum(axis=0)
+            more = others.buffers(others.params, jnp.broadcast_to(x, (layer.shared, *x.shape))).sum(axis=0)
         y = y + (more if valid is None else jnp.where(valid[..., None], more, 0))
     return y.astype(x.dtype)
 

@@ -99,7 +99,7 @@ class Dropless(nn.Module):
                 chosen = jnp.where(valid[..., None], chosen, count)
                 weight = jnp.where(valid[..., None], weight, 0.0)
             plan = Sorted(chosen, weight, count, self.transport, self.exchange)
-        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        y = banks.run(self, plan, bank, x, valid, train=train)
         return y, describe(logits, chosen, count, valid, balance=self.balance, z=self.z, train=train)
 
     def _choose(self, logits: Array) -> tuple[Array, Array]:

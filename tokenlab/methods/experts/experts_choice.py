@@ -105,7 +105,7 @@ class ExpertsChoice(nn.Module):
             taken = route.experts_choice(gates, places, valid=valid)
             plan = Indexed.of_taken(taken, tokens, self.transport)
         plan = plan if self.form == "indexed" else plan.weights()
-        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        y = banks.run(self, plan, bank, x, valid, train=train)
 
         taken_by = jax.vmap(lambda token: jnp.zeros(tokens).at[token].add(1.0))
         times = taken_by(taken.token.reshape(len(x), -1))  # [B, N]: experts that took the token

@@ -235,7 +235,7 @@ class GRIN(nn.Module):
                 weight = jnp.where(valid[..., None], weight, 0.0)
             boost = 1 / factor if self.expert_grad == "paper" else None
             plan = Sorted(chosen, weight, count, self.transport, self.exchange, boost)
-        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        y = banks.run(self, plan, bank, x, valid, train=train)
         return y, describe(logits, chosen, count, valid, balance=self.balance, z=0.0, train=train)
 
 

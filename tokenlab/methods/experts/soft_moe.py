@@ -156,7 +156,7 @@ class SoftMoE(nn.Module):
                 into, back = self._mixing(x, places, valid, train)
             plan = Weighted(into, back, self.transport)
             metrics |= self._describe(into, back)
-        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        y = banks.run(self, plan, bank, x, valid, train=train)
         return y, banks.report({}, metrics, None, train=train)
 
     def _mixing(self, x: Array, places: int, valid: Array | None, train: bool) -> tuple[Array, Array]:

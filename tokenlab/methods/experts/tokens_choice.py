@@ -131,7 +131,7 @@ class TokensChoice(nn.Module):
             )
             plan = Indexed.of_choices(chosen, count, places, self.transport)
         plan = plan if self.form == "indexed" else plan.weights()
-        y = banks.finish(self, x, plan.run(bank, x), valid, train=train)
+        y = banks.run(self, plan, bank, x, valid, train=train)
 
         kept = chosen.place < places
         asked = chosen.expert < count  # padding asks for nothing
