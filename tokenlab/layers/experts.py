@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import get_abstract_mesh
 
 from tokenlab.core.errors import ConfigError, ShapeError
 from tokenlab.layers.context import Aux
@@ -128,12 +129,13 @@ def layer_axes(layer: nn.Module, router: Axes) -> Axes:
 def run(layer: nn.Module, plan: Any, made: Bank, x: Array, valid: Array | None, *, train: bool) -> Array:
     """What the experts make of x by a dispatch, and what the shared experts add to it: [B, N, D] in x's dtype.
 
-    `layer.shared` further experts see every token; padding gets zeros of them, too. While parameters are made nothing
-    is dispatched: the one example they are made with cannot be split over a mesh.
+    `layer.shared` further experts see every token; padding gets zeros of them, too. While parameters are made on a mesh
+    nothing is dispatched: the one example they are made with cannot be split.
 
     Raises: ConfigError for a negative number of shared experts, ShapeError when experts changed the width.
     """
-    y = jnp.zeros_like(x) if layer.is_initializing() else plan.run(made, x)
+    making = layer.is_initializing() and not get_abstract_mesh().empty
+    y = jnp.zeros_like(x) if making else plan.run(made, x)
     if x.shape != y.shape:
         raise ShapeError(f"experts take and give [B, N, D]: from {x.shape} they made {y.shape}.")
     if layer.shared < 0:
