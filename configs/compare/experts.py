@@ -2,7 +2,7 @@
 
 tokenlab compare --config=configs/compare/experts.py --workdir=runs/compare_experts
 
-`experiments/soft_moe` has the result and how to read it.
+Soft MoE's ablations (plain means, no mixing) have as many slots as it, so they cost nearly as much.
 """
 
 from pathlib import Path

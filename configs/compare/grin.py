@@ -3,8 +3,7 @@
 tokenlab compare --config=configs/compare/grin.py --workdir=runs/compare_grin
 
 All arms with a router have the same experts, the same number of choices and the same weight of the balance loss; they
-differ in how the router gets its gradient. `experiments/grin` has the result and how to read
-it.
+differ in how the router gets its gradient.
 """
 
 from pathlib import Path
