@@ -52,7 +52,7 @@ def arrays(batch, n, experts):
 
 def queued(expert, weight, experts):
     """Choices with their places, those of padding (expert E) included."""
-    return Chosen(expert, route.place(expert, experts), jnp.where(expert < experts, weight, 0.0))
+    return Chosen(expert, route.place(expert), jnp.where(expert < experts, weight, 0.0))
 
 
 @cache

@@ -219,8 +219,8 @@ def test_an_expert_takes_tokens_that_exist(places):
 
 def test_all_first_choices_queue_before_second_ones():
     expert = jnp.array([[[0, 1], [1, 0], [0, 1]]])
-    equal(route.place(expert, 2), [[[0, 1], [0, 2], [1, 2]]])
-    equal(route.place(expert, 2, priority=jnp.array([[1.0, 2.0, 3.0]])), [[[1, 2], [0, 2], [0, 1]]])
+    equal(route.place(expert), [[[0, 1], [0, 2], [1, 2]]])
+    equal(route.place(expert, priority=jnp.array([[1.0, 2.0, 3.0]])), [[[1, 2], [0, 2], [0, 1]]])
 
 
 # Losses

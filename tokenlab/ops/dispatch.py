@@ -49,24 +49,8 @@ class Bank:
     groups: Callable[[Any, Array, Array], Array]
 
 
-class _Buffered:
-    """What `Weighted` and `Indexed` share."""
-
-    def run(self, bank: Bank, x: Array) -> Array:
-        """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
-        return self.combine(bank.buffers(bank.params, self.dispatch(x)))
-
-    def dispatch(self, x: Array) -> Array:
-        """[B, N, D] -> [E, B, C, D]."""
-        raise NotImplementedError
-
-    def combine(self, y: Array) -> Array:
-        """[E, B, C, D] -> [B, N, D]."""
-        raise NotImplementedError
-
-
 @struct.dataclass
-class Weighted(_Buffered):
+class Weighted:
     """Places are weighted means of tokens, results weighted means of places.
 
     Attributes:
@@ -78,6 +62,10 @@ class Weighted(_Buffered):
     into: Array
     back: Array
     transport: str | None = struct.field(pytree_node=False, default=None)
+
+    def run(self, bank: Bank, x: Array) -> Array:
+        """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
+        return self.combine(bank.buffers(bank.params, self.dispatch(x)))
 
     def dispatch(self, x: Array) -> Array:
         """[B, N, D] -> [E, B, C, D]."""
@@ -95,7 +83,7 @@ class Weighted(_Buffered):
 
 
 @struct.dataclass
-class Indexed(_Buffered):
+class Indexed:
     """Places hold single tokens. Its memory is that of the buffers and of E * C indices, whatever N is.
 
     Attributes:
@@ -136,6 +124,10 @@ class Indexed(_Buffered):
         """The same as `Weighted`, for small E * C, where products are faster than gathering."""
         there = jax.nn.one_hot(self.token, self.tokens, dtype=self.weight.dtype, axis=1)  # [B, N, E, C]
         return Weighted(there, there * self.weight[:, None], self.transport)
+
+    def run(self, bank: Bank, x: Array) -> Array:
+        """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
+        return self.combine(bank.buffers(bank.params, self.dispatch(x)))
 
     def dispatch(self, x: Array) -> Array:
         """[B, N, D] -> [E, B, C, D]; empty places are zeros."""

@@ -135,17 +135,11 @@ def choose(gates: Array, k: int, *, rank_by: Array | None = None) -> tuple[Array
     return expert, jnp.take_along_axis(gates, expert, axis=-1)
 
 
-def place(
-    expert: Array,
-    num_experts: int,
-    *,
-    priority: Array | None = None,
-) -> Array:
+def place(expert: Array, *, priority: Array | None = None) -> Array:
     """Place of every choice in its expert's buffer: all first choices of the group before all second ones.
 
     Args:
-      expert: [B, N, K] int32; E and beyond for choices that take no place.
-      num_experts: E.
+      expert: [B, N, K] int32; choices of what is no expert (E) queue among themselves.
       priority: [B, N]; tokens with the larger come first (batch-priority routing, Riquelme et al. 2021, section 4).
         None: in the order of the sequence.
 
@@ -163,7 +157,6 @@ def place(
         by_arrival = places.reshape(k, n).T
         return jnp.zeros((n, k), jnp.int32).at[order].set(by_arrival, unique_indices=True)
 
-    del num_experts
     if priority is None:
         return jax.vmap(lambda e: one(e, None))(expert)
     return jax.vmap(one)(expert, priority)
@@ -193,7 +186,7 @@ def tokens_choice(
     if valid is not None:
         expert = jnp.where(valid[..., None], expert, num_experts)
         weight = jnp.where(valid[..., None], weight, 0.0)
-    return Chosen(expert, place(expert, num_experts, priority=priority), weight)
+    return Chosen(expert, place(expert, priority=priority), weight)
 
 
 def experts_choice(gates: Array, places: int, *, valid: Array | None = None) -> Taken:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tokenlab import GRIN, Dropless, ExpertsChoice, SoftMoE, TokensChoice
+from tokenlab import GRIN, Dropless, ExpertsChoice, SoftMoE, TokensChoice, models
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.ops import exchange
 from tokenlab.sharding.check import collectives
@@ -97,6 +97,20 @@ def test_each_device_holds_its_experts_alone():
     _, _, (params, _) = compiled(layer, start(layer), {"data": 2, "expert": 4})
     kernel = params["experts"]["up"]["kernel"]
     assert kernel.shape == (E, D, F) and kernel.sharding.shard_shape(kernel.shape) == (E // 4, D, F)
+
+
+@pytest.mark.parametrize("layer", ["soft_moe(experts=4, slots=2)", "dropless(experts=4)"])
+def test_the_weights_of_a_model_can_be_made_on_a_mesh(layer):
+    """They are made with one example, which no mesh can split."""
+    stack = f"block(ffn={layer})"
+    spec = {"image": ((8, 8, 1), "float32")}
+    model = models.build({"name": "vit", "size": "nano/4", "stack": stack}, spec=spec, num_outputs=3)
+    expected = jax.jit(model.init)(KEY)
+    mesh = make_mesh({"data": 2, "expert": 4})
+    places = shardings(expected, model.logical_axes(), mesh)
+    with jax.set_mesh(mesh):
+        made = jax.jit(model.init, out_shardings=places)(KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), made, expected)
 
 
 @pytest.mark.parametrize("name", ["tokens_choice", "dropless"])
