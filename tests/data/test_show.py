@@ -43,8 +43,9 @@ def test_list(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].split() == ["one", "2.0.1", "0.2", "MiB", "train", "1,234,", "test", "3"]
     assert "torn" in lines[2] and "features.json' cannot be read" in lines[2]
     assert lines[3].endswith("train 9, test 6  (tfrecord: not readable here)")
-    assert any(line.startswith("  digits  1,797 real handwritten digits") for line in lines)
-    assert not any(line.startswith(("  tfds", "  mixture")) for line in lines)
+    embedded = [line.split(maxsplit=1) for line in lines[lines.index("sources that need no files") + 1 :]]
+    assert [name for name, _ in embedded] == ["digits", "shakespeare"]
+    assert embedded[0][1].startswith("1,797 real handwritten digits")
 
 
 def test_show_prints_and_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +108,7 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
     tiny_tfds.make(folder)
     tiny_tfds.make(folder, name="torn", corrupt={"train": {4: "picture"}})
     tiny_tfds.make(folder, name="worse", corrupt={"train": {4: "record"}})
-    assert "an action is missing. Known: list, prepare, show." in error_of(capsys)
+    assert "an action is missing. Known: list, ngram, prepare, show." in error_of(capsys)
     assert "unknown action 'lst'. Did you mean 'list'?" in error_of(capsys, "lst")
     assert "got 0 names: expected `data show NAME`" in error_of(capsys, "show")
     assert "got 1 names: expected `data list`" in error_of(capsys, "list", "tiny")

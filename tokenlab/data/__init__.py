@@ -21,6 +21,7 @@ from tokenlab.data.source import (
     check_name,
 )
 from tokenlab.data.splits import sliced
+from tokenlab.data.text import TextConfig, TextSource, Tokenizer
 from tokenlab.data.transform import Transform
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "Records",
     "Source",
     "Spec",
+    "TextConfig",
+    "TextSource",
+    "Tokenizer",
     "TrainStream",
     "Transform",
     "build",

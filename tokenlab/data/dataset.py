@@ -1,4 +1,4 @@
-"""A source together with what is done to its images: examples that a model can read.
+"""A source together with what is done to its images: examples that a model can read. Text passes as it is.
 
 Reading is by index, so nothing has a position. Pictures that fit into memory are decoded once. A record that cannot be
 read is named, and stops the run or, with `corrupt="skip"`, becomes a row of zeros without weight (its mask is 0).
@@ -7,6 +7,7 @@ read is named, and stops the run or, with `corrupt="skip"`, becomes a row of zer
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,7 @@ from tokenlab.data.source import (
     check_split,
     stackable,
 )
+from tokenlab.data.text.tokenizer import Tokenizer
 from tokenlab.data.transform import IMAGE, Transform
 
 MEMORY = 1024
@@ -53,6 +55,7 @@ class Dataset:
     Attributes:
       source: as given.
       name, splits, num_classes, class_names, fingerprint: of the source.
+      tokenizer, vocab_size: of a source of text, else None.
       spec: (shape, dtype) of each key of an example, after the transform.
       train_transform, eval_transform: what is done to images.
       config: as given.
@@ -68,6 +71,8 @@ class Dataset:
         self.name, self.splits = source.name, source.splits
         self.num_classes, self.fingerprint = source.num_classes, source.fingerprint
         self.class_names = getattr(source, "class_names", None)
+        self.tokenizer: Tokenizer | None = getattr(source, "tokenizer", None)
+        self.vocab_size: int | None = getattr(source, "vocab_size", None)
         standard = transforms.default(source.spec)
         texts = [standard if text is None else text for text in (config.transform, config.eval_transform)]
         self.eval_transform = Transform(texts[1], source.spec, key="config.data.eval_transform")
@@ -115,6 +120,12 @@ class Dataset:
         if name not in self._opened:
             self._opened[name] = self.source.split(name)
         return self._opened[name]
+
+    def text(self, split: str) -> Iterator[str]:
+        """The documents of a split in their order. Raises DataError: no such split, or the source is none of text."""
+        if self.tokenizer is None:
+            raise DataError(f"source {self.name!r} holds no text; expected one of text, such as shakespeare.")
+        return self.split(split).text()
 
     def read(self, split: str, indices: np.ndarray, draws: np.ndarray | None = None) -> Batch:
         """Examples, transformed.

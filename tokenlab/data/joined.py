@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,16 @@ class JoinedRecords:
         which = int(np.searchsorted(self._ends, index, side="right"))
         stretch = self._stretches[which]
         return _labelled(stretch.records[index - int(self._ends[which]) + stretch.stop], stretch.offset)
+
+    def text(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
+        """The documents, or the parts of them, that records `start` to `stop` - 1 hold; of records of text only."""
+        stop = len(self) if stop is None else stop
+        begin = 0
+        for stretch, end in zip(self._stretches, self._ends.tolist(), strict=True):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                yield from stretch.records.text(first - begin + stretch.start, last - begin + stretch.start)
+            begin = end
 
     def batch(self, indices: np.ndarray) -> Batch:
         """See `Records.batch`."""

@@ -1,10 +1,10 @@
-"""`tokenlab data list | show NAME | prepare NAME`: what data there is, what it looks like, and getting more."""
+"""`tokenlab data list | show | ngram | prepare`: what data there is, what it looks like, and getting more."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,22 @@ from etils import epath
 from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, DataError, NameLookupError, suggest
 from tokenlab.core.files import check_writable
-from tokenlab.data import pixels, prepared
-from tokenlab.data.source import ENCODED, DataConfig, Source, check_split
+from tokenlab.data import pixels, prepared, source_of
+from tokenlab.data.source import ENCODED, Source, check_split
+from tokenlab.data.text import show as text_show
+from tokenlab.data.text.ngram import MOST_ORDER
 
 SOURCES = "tokenlab.data.sources"
-ACTIONS = ("list", "show", "prepare")
+ACTIONS = ("list", "show", "ngram", "prepare")
+FLAGS = {
+    "config": ("show", "ngram"),
+    "data-dir": ("list", "show", "prepare"),
+    "png": ("show",),
+    "split": ("show", "ngram"),
+    "order": ("ngram",),
+}
+"""Flag -> the actions that take it."""
+
 COLUMNS, ROWS = 10, 20
 """Examples a class, and classes, on the contact sheet."""
 
@@ -30,15 +41,24 @@ _CHUNK = 512
 
 
 def run(
-    words: Sequence[str], *, data_dir: str | None = None, png: str | None = None, split: str | None = None
+    words: Sequence[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    data_dir: str | None = None,
+    png: str | None = None,
+    split: str | None = None,
+    order: int | None = None,
 ) -> None:
     """Do what the words of the command say and print the answer.
 
     Args:
-      words: "list"; or "show" or "prepare" and a name.
+      words: "list"; "show" or "prepare" and a name; with `config`, "show" or "ngram" alone.
+      config: a `config.data`.
       data_dir: folder of prepared TFDS sets, see `prepared.data_dir`.
       png: of `show`: where the contact sheet goes; None for NAME.png in the current folder.
-      split: of `show`: which split is counted and drawn; None for "train", else the first.
+      split: of `show`: which split is counted and drawn; None for "train", else the first. Of `ngram`: which is
+        predicted; None for "validation".
+      order: of `ngram`: the longest n-gram; None for the longest that there is.
 
     Raises:
       ConfigError: words or flags that do not go together.
@@ -48,22 +68,35 @@ def run(
     if action not in ACTIONS:
         given = f"data: unknown action {action!r}" if action else "data: an action is missing"
         raise NameLookupError(f"{given}.{suggest(action, ACTIONS)}")
-    expected = 0 if action == "list" else 1
-    if len(rest) != expected:
-        usage = "data list" if action == "list" else f"data {action} NAME"
-        raise ConfigError(f"data {action}: got {len(rest)} names: expected `{usage}`.")
-    if action != "show" and (png or split):
+    flags = {"config": config, "data-dir": data_dir, "png": png, "split": split, "order": order}
+    for flag, value in flags.items():
+        if value is not None and action not in FLAGS[flag]:
+            whose = " and ".join(f"`data {each}`" for each in FLAGS[flag])
+            raise ConfigError(f"data {action} takes no --{flag}: it belongs to {whose}.")
+    if action == "ngram" and config is None:
         raise ConfigError(
-            f"data {action} takes no --{'png' if png else 'split'}: it belongs to `data show NAME`."
+            "data ngram: --config=FILE is missing: expected a configuration whose data is text."
         )
+    if config is not None and data_dir is not None:
+        raise ConfigError("data show: --data-dir is for a NAME; with --config set --config.data.data_dir.")
+    expected = 0 if action == "list" or config is not None else 1
+    if len(rest) != expected:
+        usage = f"data {action}" + (" --config=FILE" if config is not None else " NAME" * expected)
+        raise ConfigError(f"data {action}: got {len(rest)} names: expected `{usage}`.")
     if action == "list":
         if data_dir and not epath.Path(data_dir).expanduser().is_dir():
             raise DataError(f"--data-dir={data_dir} is no folder: expected one with prepared TFDS sets.")
         print("\n".join(list_lines(prepared.data_dir(data_dir))))
     elif action == "prepare":
         prepare(rest[0], prepared.data_dir(data_dir))
-    else:
+    elif config is None:
         show(rest[0], data_dir=data_dir, png=png, split=split)
+    elif action == "show":
+        source = source_of(config)
+        show_source(source, _source_lines(source), png=png, split=split)
+    else:
+        order = MOST_ORDER if order is None else order
+        print("\n".join(text_show.ngram_lines(source_of(config), split or "validation", order)))
 
 
 def list_lines(folder: str) -> list[str]:
@@ -93,54 +126,86 @@ def list_lines(folder: str) -> list[str]:
 
 
 def _embedded() -> dict[str, str]:
-    """Summaries of the sources that have no options of their own: what they hold comes with the package."""
+    """Summaries of the sources that need no settings: what they hold comes with the package."""
     return {
         module.name: module.summary
         for module in names.list_modules(SOURCES, defines="build")
-        if len(fields(names.find_attr(SOURCES, module.name, "Config"))) == len(fields(DataConfig))  # type: ignore
+        if not _needed(names.find_attr(SOURCES, module.name, "Config"))
     }
 
 
-def show(name: str, *, data_dir: str | None = None, png: str | None = None, split: str | None = None) -> Path:
-    """Print what a set holds and draw its contact sheet.
+def _needed(config: Any) -> list[str]:
+    """The fields of a source's `Config` that have no default."""
+    return [
+        each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING
+    ]
+
+
+def show(name: str, *, data_dir: str | None = None, png: str | None = None, split: str | None = None) -> None:
+    """Print what a set holds and draw its contact sheet, or print its first texts.
 
     Args:
       name: a TFDS set or its folder as in `prepared.find`, or a source that needs no files.
       data_dir, png, split: see `run`.
 
-    Returns:
-      The picture's path.
-
     Raises:
-      DataError: the set is not there, holds no pictures, or a record cannot be read.
+      DataError: the set is not there, holds neither pictures nor text, or a record cannot be read.
       ConfigError: the picture cannot be written there.
     """
-    lines: list[str] = []
     embedded = _embedded()
     if name in embedded:
-        config: Any = names.find_attr(SOURCES, name, "Config")
-        build: Any = names.find_attr(SOURCES, name, "build")
-        source: Source = build(config(name=name))
-        counts = ", ".join(f"{each} {count:,}" for each, count in source.splits.items())
-        lines += [f"{name}  (comes with the package)", f"  splits    {counts}"]
-        for key, (shape, dtype) in source.spec.items():
-            lines.append(f"  {key:<8}  {dtype} {list(shape)}")
-    else:
-        from tokenlab.data.sources import tfds
+        source = source_of({"name": name})
+        show_source(source, _source_lines(source, "  (comes with the package)"), png=png, split=split)
+        return
+    from tokenlab.data.sources import tfds, tfds_text
 
-        found = _find(name, data_dir, embedded)
-        lines += _described(found)
+    found = _find(name, data_dir, embedded)
+    if tfds_text.texts(found) and not any(feature.kind == "image" for feature in found.features.values()):
+        config = {"name": "tfds_text", "dataset": name, **({"data_dir": data_dir} if data_dir else {})}
+        source = source_of(config)
+    else:
         source = tfds.TfdsSource(found)
+    show_source(source, _described(found), png=png, split=split)
+
+
+def show_source(
+    source: Source, lines: Sequence[str], *, png: str | None = None, split: str | None = None
+) -> None:
+    """Print `lines`, what a source holds, and its first texts; of pictures draw a contact sheet instead.
+
+    Args:
+      source: of pictures or of text.
+      lines: what to say first.
+      png, split: see `run`.
+
+    Raises:
+      DataError: there is no such split, the source holds neither pictures nor text, or a record cannot be read.
+      ConfigError: the picture cannot be written there.
+    """
     if split is None:
         split = "train" if "train" in source.splits else next(iter(source.splits))
     check_split(source, split)
+    if text_show.is_text(source):
+        if png is not None:
+            raise ConfigError(f"data show: --png is for pictures, and source {source.name!r} holds text.")
+        print("\n".join([*lines, *text_show.show_lines(source, split)]))
+        return
     target = Path(png or f"{source.name.replace('/', '-')}.png")
     check_writable(target, "--png")
     sample = _sample(source, split)
-    print("\n".join(lines + _class_lines(source, split, sample)))
+    print("\n".join([*lines, *_class_lines(source, split, sample)]))
     _draw(source, split, sample, target)
     print(f"  wrote {target}")
-    return target
+
+
+def _source_lines(source: Source, note: str = "") -> list[str]:
+    if text_show.is_text(source):  # more is said of each split
+        return [f"{source.name}{note}"]
+    counts = ", ".join(f"{each} {count:,}" for each, count in source.splits.items())
+    lines = [f"{source.name}{note}", f"  splits    {counts}"]
+    for key, (shape, dtype) in source.spec.items():
+        lines.append(f"  {key:<8}  {dtype} {list(shape)}")
+    return lines
 
 
 def _find(name: str, data_dir: str | None, embedded: Collection[str]) -> prepared.Prepared:
@@ -149,7 +214,7 @@ def _find(name: str, data_dir: str | None, embedded: Collection[str]) -> prepare
     if name in [module.name for module in names.list_modules(SOURCES)]:
         raise ConfigError(
             f"data show: {name!r} is a source with settings of its own, which `show` does not take; expected a TFDS "
-            f"set, the folder of one, or {', '.join(embedded)}."
+            f"set, the folder of one, {', '.join(embedded)}, or --config=FILE."
         )
     try:
         return prepared.find(name, data_dir)
@@ -191,7 +256,9 @@ class _Sample:
 
 def _sample(source: Source, split: str) -> _Sample:
     if "image" not in source.spec:
-        raise DataError(f"source {source.name!r} has no pictures; its keys: {', '.join(source.spec)}.")
+        raise DataError(
+            f"source {source.name!r} has neither pictures nor text; its keys: {', '.join(source.spec)}."
+        )
     records = source.split(split)
     labelled = "label" in source.spec and source.num_classes is not None
     counts: dict[int, int] = {}

@@ -41,6 +41,8 @@ class SlicedSource:
             )
         self.name, self.spec = source.name, source.spec
         self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.tokenizer = getattr(source, "tokenizer", None)
+        self.vocab_size = getattr(source, "vocab_size", None)
         self._records = {name: _records(source, name, text) for name, text in splits.items()}
         self.splits = {name: len(records) for name, records in self._records.items()}
         texts = ";".join(f"{name}={''.join(text.split())}" for name, text in splits.items())

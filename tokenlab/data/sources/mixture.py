@@ -23,6 +23,7 @@ from tokenlab.core.errors import ConfigError, DataError, suggest
 from tokenlab.data.joined import JoinedRecords, Stretch
 from tokenlab.data.source import ENCODED, DataConfig, Records, Source, Spec, check_name, check_split
 from tokenlab.data.splits import sliced
+from tokenlab.data.text.tokenizer import Tokenizer
 
 SOURCES = "tokenlab.data.sources"
 OF_A_PART = ("name", "splits")
@@ -98,13 +99,15 @@ class MixtureSource:
 
     Raises:
       DataError: the parts have no split in common, or differ in keys, dtypes, shapes (other than the height and width
-        of images) or classes.
+        of images), tokenizers or classes.
     """
 
     def __init__(self, sources: list[Source], weights: list[float], labels: str = "same"):
         self.name = f"mixture of {', '.join(source.name for source in sources)}"
         self.spec: Spec = _spec(sources)
         self._sources, self._weights = sources, tuple(weights)
+        self.tokenizer = _tokenizer(sources)
+        self.vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
         common = [name for name in sources[0].splits if all(name in source.splits for source in sources)]
         if not common:
             given = "; ".join(f"{source.name!r}: {', '.join(source.splits)}" for source in sources)
@@ -168,6 +171,19 @@ def _spec(sources: list[Source]) -> Spec:
             sizes = (a if a == b else None for a, b in zip(known[:free], shape[:free], strict=True))
             spec[key] = ((*sizes, *shape[free:]), dtype)
     return spec
+
+
+def _tokenizer(sources: list[Source]) -> Tokenizer | None:
+    """The tokenizer of all parts, or None where they are no text."""
+    first, *others = [getattr(source, "tokenizer", None) for source in sources]
+    for source, other in zip(sources[1:], others, strict=True):
+        if first is not None and (other is None or other.fingerprint != first.fingerprint):
+            raise DataError(
+                f"parts {sources[0].name!r} and {source.name!r} of the mixture have different tokenizers, so that an "
+                "id means another text in each; expected the same in every part: 'bytes', or one tokenizer.json "
+                "(bpe(V) is trained on each part's own text)."
+            )
+    return first
 
 
 def _same(sources: list[Source]) -> tuple[int | None, tuple[str, ...] | None]:
