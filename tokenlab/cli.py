@@ -1,4 +1,4 @@
-"""The command line: `tokenlab train | evaluate | compare | benchmark | cost | data | import | list`.
+"""The command line: `tokenlab train | evaluate | generate | compare | benchmark | cost | data | import | list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -109,6 +109,42 @@ def evaluate(arguments: Arguments) -> None:
     )
 
 
+def generate(arguments: Arguments) -> None:
+    """Generate text from trained weights."""
+    given = arguments.values
+    workdir = Path(given["workdir"])
+    if not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    if (given["prompt"] is None) == (given["prompts"] is None):
+        raise ConfigError("generate: give a prompt with --prompt=TEXT, or several with --prompts=FILE.")
+    if given["prompt"] is not None:
+        prompts = [given["prompt"]]
+    else:
+        try:
+            prompts = Path(given["prompts"]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"generate: --prompts={given['prompts']} cannot be read: {error}.") from None
+    whole = {
+        name: _number(f"generate: --{name}", given[name])
+        for name in ("tokens", "top-k", "prompt-tokens", "seed")
+    }
+    share = {name: _decimal(f"generate: --{name}", given[name]) for name in ("temperature", "top-p")}
+    checkpoint = _checkpoint(given["checkpoint"])
+    from tokenlab.generate import run
+    from tokenlab.ops.sample import Sampling
+
+    run(
+        str(workdir),
+        prompts,
+        tokens=whole["tokens"],
+        sampling=Sampling(share["temperature"], whole["top-k"], share["top-p"]),
+        seed=whole["seed"],
+        overrides=dict(arguments.overrides),
+        checkpoint=checkpoint,
+        prompt_tokens=whole["prompt-tokens"],
+    )
+
+
 def compare(arguments: Arguments) -> None:
     """Train the arms of a comparison under one budget, or go on with it, and write the report."""
     from tokenlab.core import config
@@ -179,11 +215,24 @@ def cost(arguments: Arguments) -> None:
 
 
 def data(arguments: Arguments) -> None:
-    """List the data sets there are, show one, or prepare one."""
+    """List the data sets there are, show one, count n-grams in one, or prepare one."""
+    given, described = arguments.values, None
+    order = _number("data: --order", given["order"])
+    if given["config"] is not None:
+        from tokenlab.core import config
+
+        wanted = config.override(config.load(given["config"]), arguments.overrides)
+        if "data" not in wanted:
+            raise ConfigError(
+                f"data: {given['config']} has no config.data; expected a configuration for training."
+            )
+        described = wanted.data
+    elif arguments.overrides:
+        raise ConfigError("data: --config.KEY=VALUE changes a configuration; give it with --config=FILE.")
     from tokenlab.data import show
 
-    values = arguments.values
-    show.run(arguments.words, data_dir=values["data-dir"], png=values["png"], split=values["split"])
+    flags = {"data_dir": given["data-dir"], "png": given["png"], "split": given["split"], "order": order}
+    show.run(arguments.words, config=described, **flags)
 
 
 def import_(arguments: Arguments) -> None:
@@ -310,6 +359,26 @@ COMMANDS: dict[str, Command] = {
         more='--config.eval.stack="A; B; C" compares several stacks on the same weights and data.',
         hints={"config": "the workdir knows its configuration; change fields of it with --config.KEY=VALUE"},
     ),
+    "generate": Command(
+        generate,
+        "generate text behind a prompt with a trained language model",
+        (
+            Flag("workdir", "folder of a training run", "DIR", required=True),
+            Flag("prompt", "what the text begins with; at least a character", "TEXT"),
+            Flag("prompts", "several at once: a file with one a line", "FILE"),
+            Flag("tokens", "most tokens to generate", "N", default="256"),
+            Flag("temperature", "divides the logits; 0 takes the likeliest token", "T", default="0.8"),
+            Flag("top-k", "draw from the K likeliest tokens", "K"),
+            Flag("top-p", "draw from the likeliest tokens of together this probability", "P"),
+            Flag("seed", "of the draws", "N", default="0"),
+            Flag("prompt-tokens", "longest prompt to compile for (default: the training length)", "N"),
+            Flag(
+                "checkpoint", "the newest, the best, or that of a step", "latest|best|STEP", default="latest"
+            ),
+        ),
+        overrides=True,
+        more="--config.eval.stack=STACK generates with another stack on the same weights.",
+    ),
     "compare": Command(
         compare,
         "train several arms under one budget from several seeds, and write a report",
@@ -357,13 +426,20 @@ COMMANDS: dict[str, Command] = {
     ),
     "data": Command(
         data,
-        "list the data sets there are, show one with a contact sheet, or prepare one of TFDS",
+        "list the data sets there are, show one, count n-grams in text, or prepare a set of TFDS",
         (
+            dataclasses.replace(_CONFIG, help="show and ngram: the data of a configuration", required=False),
             Flag("data-dir", "folder of TFDS sets (default: $TFDS_DATA_DIR, else TFDS's own)", "DIR"),
             Flag("png", "show: the contact sheet (default: NAME.png in this folder)", "FILE"),
-            Flag("split", "show: split to count and draw (default: train, else the first)", "NAME"),
+            Flag(
+                "split",
+                "show: split to count and draw (default: train, else the first); ngram: to predict (validation)",
+                "NAME",
+            ),
+            Flag("order", "ngram: the longest n-gram, 1 to 5 (default: 5)", "N"),
         ),
-        words="(list | show NAME | prepare NAME)",
+        overrides=True,
+        words="(list | show NAME | show --config=FILE | ngram --config=FILE | prepare NAME)",
         more="NAME is a TFDS set in that folder, the folder of one, or a source that needs no files.",
     ),
     "import": Command(
@@ -507,6 +583,16 @@ def _writable(path: str | None) -> str | None:
     if path is not None:
         check_writable(path, "--json")
     return path
+
+
+def _decimal(what: str, text: str | None) -> float | None:
+    """A flag's number, or None where it was not given."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{what}={text} is not a number.") from None
 
 
 def _number(flag: str, text: str | None) -> int | None:

@@ -32,6 +32,7 @@ ORDER = (
     "data",
     "train",
     "evaluate",
+    "generate",
     "compare",
     "bench",
     "interop",

@@ -64,7 +64,7 @@ def test_as_one_plain_forward_pass(built: Any, axes: dict[str, int], rows: int) 
         assert each.metrics["loss"] == pytest.approx(nll, rel=1e-5)
         top = sklearn.metrics.top_k_accuracy_score(each.labels, each.logits, k=5, labels=range(10))
         assert each.metrics["top5_accuracy"] == pytest.approx(top, abs=1e-6) and right < top < 1
-        assert each.images_per_second > 0
+        assert each.examples_per_second > 0
     assert np.abs(said[0].logits - said[1].logits).max() > 0.01
 
 

@@ -58,4 +58,4 @@ def test_every_example_counts_once_on_any_mesh(model: Any, axes: dict[str, int],
 
 
 def test_means_leave_out_what_has_no_weight() -> None:
-    assert means({"b": (3.0, 2.0), "a": (1.0, 4.0), "none": (0.0, 0.0)}) == {"a": 0.25, "b": 1.5}
+    assert means({"b": (3.0, 2.0), "a": (1.0, 4.0), "none": (0.0, 0.0)}, None) == {"a": 0.25, "b": 1.5}

@@ -102,11 +102,13 @@ def draw(
         written.append(figures.report(workdir, workdir / "report.png"))
     else:  # imported weights that nobody has trained yet
         notes.append("report.png: no training is recorded here, so there are no curves to draw")
-    batch = tokens_picture.examples(source, split)
-    sections = [
-        tokens_picture.section(each.model, each.params, batch, title=each.model.stack_text)
-        for each in trained
-    ]
+    sections = []
+    if "image" in source.spec:
+        batch = tokens_picture.examples(source, split)
+        sections = [
+            tokens_picture.section(each.model, each.params, batch, title=each.model.stack_text)
+            for each in trained
+        ]
     if any(section.columns for section in sections):
         written.append(tokens_picture.save(workdir / "tokens.png", batch, sections, names))
     elif everything:

@@ -27,11 +27,12 @@ class Predictions:
     Attributes:
       metrics: of the task: name -> weighted mean over the examples, summed in float64 over batches.
       logits: [n, C] float32; None where the model gives no vector an example.
-      features: what the head reads, [n, D] float32; None where the task does not use the model's `apply`.
+      features: what the head reads, [n, D] float32; None where the task does not use the model's `apply`, or the head
+        reads more than a vector an example.
       labels: [n] int32; None where the data has no "label".
       index: [n] int64: number of each example within the split. Padding is left out, and so is an example that the
         data says to skip (`batch["mask"]` is 0).
-      images_per_second: measured: rows of a batch over the median time of the compiled forward pass, from its call to
+      examples_per_second: measured: rows of a batch over the median time of the compiled forward pass, from its call to
         its results, while the next batches are read. The first batch, which compiles, does not count; a split of one
         batch is run twice.
       skipped: examples of the split that could not be read (`config.data.corrupt="skip"`).
@@ -42,7 +43,7 @@ class Predictions:
     features: np.ndarray | None
     labels: np.ndarray | None
     index: np.ndarray
-    images_per_second: float
+    examples_per_second: float
     skipped: int = 0
 
     def __len__(self) -> int:
@@ -114,7 +115,7 @@ def predict(
     index = np.concatenate([facts["first"] + chosen for facts, chosen in zip(common, real, strict=True)])
     labels = _rows_of(common, "label", real)
     results = []
-    for each, spent in zip(found, seconds, strict=True):
+    for evaluator, each, spent in zip(evaluators, found, seconds, strict=True):
         sums = [part["sums"] for part in each]
         totals = jax.tree.map(lambda *leaves: float(np.sum(leaves, dtype=np.float64)), *sums)
         logits, features = (_rows_of(each, key, real) for key in ("logits", "features"))
@@ -122,7 +123,7 @@ def predict(
             _check_finite(logits, source, split)
         speed = batch_size / float(np.median(spent[1:]))
         left_out = len(source.split(split)) - len(index)
-        results.append(Predictions(means(totals), logits, features, labels, index, speed, left_out))
+        results.append(Predictions(means(totals, evaluator.task), logits, features, labels, index, speed, left_out))
     return results
 
 
@@ -153,9 +154,9 @@ def _make_step(
         _, sums = evaluator.task.loss(model, params, batch, rng=rng, train=False)
         kept = {key: batch[key] for key in ("mask", "label") if key in batch}
         if model.output is not None:
-            kept["features"] = model.output.features.astype(jnp.float32)
-            if model.output.logits.ndim == 2:
-                kept["logits"] = model.output.logits.astype(jnp.float32)
+            for key in ("features", "logits"):
+                if (leaf := getattr(model.output, key)).ndim == 2:
+                    kept[key] = leaf.astype(jnp.float32)
         return {"sums": sums, **kept}
 
     return jax.jit(

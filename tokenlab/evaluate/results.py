@@ -48,7 +48,7 @@ def measure(trained: Trained, split: str, probes: Sequence[str] = ()) -> dict[st
 
     Returns:
       "split", the task's metrics ("loss", "accuracy", "top5_accuracy"), "stack", "flops_per_example" (counted,
-      forward), "images_per_second" (measured, see `Predictions`), "tokens_per_example" (after embedding),
+      forward), "images_per_second", or of what else an example is (measured, see `Predictions`), "tokens_per_example" (after embedding),
       "tokens_out" (at the head), "examples", "parameters" and "checkpoint_step". For a task that classifies also "ece",
       "calibration" {"ece", "nll", "brier", "bins"}, "per_class" (a row a class) and "most_confused"; with probes
       "probe", {name: its result}.
@@ -129,7 +129,7 @@ def _measured(trained: Trained, said: Predictions, split: str) -> Measured:
         **said.metrics,
         "stack": trained.model.stack_text,
         "flops_per_example": forward_cost(trained.model, trained.task, trained.source.spec).model_flops,
-        "images_per_second": said.images_per_second,
+        f"{trained.task.examples}_per_second": said.examples_per_second,
         "tokens_per_example": trained.model.tokens_per_example,
         "tokens_out": trained.model.program.after,
         "examples": len(said),

@@ -25,8 +25,8 @@ def one(result: Mapping[str, Any]) -> Table:
     for name, value in result.items():
         if name in APART:
             continue
-        if name == "images_per_second":
-            found.add_row("images/s (measured)", _speed(value))
+        if name == _speed_key(result):
+            found.add_row(_speed_label(name), _speed(value))
         elif isinstance(value, float):
             found.add_row(name.replace("_", " "), _share(value))
         else:
@@ -52,7 +52,7 @@ def several(results: Sequence[Mapping[str, Any]], primary: str) -> Table:
     heads = {"top5_accuracy": "top-5", "ece": "ECE"}
     columns = ["tokens out", primary, "difference", *(heads[key] for key in shares)]
     columns += [f"{name} {primary}" for name in first.get("probe", {})]
-    for name in (*columns, "FLOPs/example", "ratio", "images/s (measured)"):
+    for name in (*columns, "FLOPs/example", "ratio", _speed_label(_speed_key(first))):
         found.add_column(name, justify="right")
     for result in results:
         ratio = result["flops_per_example"] / first["flops_per_example"]
@@ -65,7 +65,7 @@ def several(results: Sequence[Mapping[str, Any]], primary: str) -> Table:
             *(_share(probe["accuracy"]) for probe in result.get("probe", {}).values()),
             pretty(result["flops_per_example"]),
             f"{ratio:.3f}",
-            _speed(result["images_per_second"]),
+            _speed(result[_speed_key(result)]),
         )
     return found
 
@@ -102,6 +102,15 @@ def confused(result: Mapping[str, Any], names: Sequence[str] | None) -> list[str
 
 def _share(value: float | None) -> str:
     return NONE if value is None else f"{value:.4f}"
+
+
+def _speed_key(result: Mapping[str, Any]) -> str:
+    """The key that tells of speed, such as "images_per_second"."""
+    return next(key for key in result if key.endswith("_per_second"))
+
+
+def _speed_label(key: str) -> str:
+    return f"{key.removesuffix('_per_second')}/s (measured)"
 
 
 def _speed(value: float) -> str:

@@ -12,7 +12,9 @@ from jax import Array
 
 from tokenlab.core.errors import ShapeError
 from tokenlab.core.tokens import Tokens
+from tokenlab.layers.norm import NormName
 from tokenlab.ops import attention as ops
+from tokenlab.ops.cache import KVCache
 from tokenlab.ops.position import rope
 
 
@@ -53,20 +55,29 @@ class Attention(nn.Module):
       num_heads: H; D must be a multiple of it unless `head_dim` is given.
       num_kv_heads: G key and value heads; H must be a multiple of it. None: G = H.
       head_dim: Dh. None: D / H.
-      qk_norm: layer-norm queries and keys over Dh (ViT-22B, arXiv 2302.05442).
+      qk_norm: norm queries and keys over Dh (ViT-22B, arXiv 2302.05442).
+      norm: which norm that is, "layer" or "rms".
+      use_bias: biases in the four projections.
       rope_theta: base of rotary positions read from `coords`; None for none.
+      causal: a token sees those at its own `position` and before.
+      window: of a causal layer: a token sees none `window` or more positions before its own; None for all.
       dtype: compute dtype; parameters stay float32, logits and softmax are computed in float32.
       implementation: of the attention itself, see `tokenlab.ops.attention.attention`.
 
     Raises:
-      ShapeError: the head sizes do not divide, or rotary positions are wanted without `coords`.
+      ShapeError: the head sizes do not divide, rotary positions are wanted without `coords`, or a causal layer or a
+        memory without `position`.
     """
 
     num_heads: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
+    norm: NormName = "layer"
+    use_bias: bool = True
     rope_theta: float | None = None
+    causal: bool = False
+    window: int | None = None
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -89,7 +100,13 @@ class Attention(nn.Module):
 
     def axes(self) -> Mapping[str, tuple[str | None, ...]]:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        return {**self.AXES, **(self.QK_NORM_AXES if self.qk_norm else {})}
+        found = {**self.AXES, **(self.QK_NORM_AXES if self.qk_norm else {})}
+        without = [
+            name for name in found if not self.use_bias and name in self.AXES and name.endswith("/bias")
+        ]
+        if self.norm == "rms":
+            without += [name for name in found if name.endswith("_norm/bias")]
+        return {name: axes for name, axes in found.items() if name not in without}
 
     @nn.compact
     def __call__(
@@ -99,8 +116,11 @@ class Attention(nn.Module):
         coords: Array | None = None,
         size: Array | None = None,
         valid: Array | None = None,
+        position: Array | None = None,
+        segment: Array | None = None,
+        memory: KVCache | None = None,
         projections: bool = False,
-    ) -> Array | tuple[Array, Projections]:
+    ) -> Array | tuple[Array, Projections] | tuple[Array, KVCache]:
         """Mix tokens.
 
         Args:
@@ -108,10 +128,14 @@ class Attention(nn.Module):
           coords: [B, N] or [B, N, A], positions for RoPE; needed with `rope_theta`.
           size: [B, N], how many inputs each token stands for: log(size) is added to the logits of its key.
           valid: [B, N], False for padding, which no query sees.
+          position: [B, N] int, index in the full sequence; needed by a causal layer.
+          segment: [B, N] int, documents packed into one sequence: a token sees those of its own.
+          memory: keys and values of tokens before these (no segments, no sizes). The valid ones of x are put into it,
+            and every token sees what it holds at its own position and before.
           projections: also return the `Projections`, for the readings of the item that follows.
 
         Returns:
-          [B, N, D] in the compute dtype; with `projections` a pair.
+          [B, N, D] in the compute dtype; with `projections` a pair, with `memory` a pair of it and the new memory.
         """
         width = x.shape[-1]
         heads, groups = self.num_heads, self.num_kv_heads or self.num_heads
@@ -126,6 +150,7 @@ class Attention(nn.Module):
         def project(name: str, count: int) -> Array:
             return nn.DenseGeneral(
                 (count, size_of_head),
+                use_bias=self.use_bias,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
@@ -134,24 +159,37 @@ class Attention(nn.Module):
         with jax.named_scope("projections"):
             query, key, value = project("query", heads), project("key", groups), project("value", groups)
         if self.qk_norm:
-            norm = {"dtype": self.dtype, "epsilon": 1e-6, "use_fast_variance": False}
-            query = nn.LayerNorm(name="query_norm", **norm)(query)
-            key = nn.LayerNorm(name="key_norm", **norm)(key)
+            kind, how = nn.LayerNorm if self.norm == "layer" else nn.RMSNorm, {"epsilon": 1e-6}
+            how |= {"dtype": self.dtype, "use_fast_variance": False}
+            query, key = kind(name="query_norm", **how)(query), kind(name="key_norm", **how)(key)
         if self.rope_theta is not None:
             if coords is None:
                 raise ShapeError("attention: rotary positions need coords [B, N, A], got None.")
             query = rope(query, coords, self.rope_theta)
             key = rope(key, coords, self.rope_theta)
+        if position is None and (self.causal or memory is not None):
+            raise ShapeError("attention: a causal layer needs the positions of its tokens [B, N], got None.")
         with jax.named_scope("maps"):
-            mixed = ops.attention(
-                query, key, value, size=size, valid=valid, implementation=self.implementation
-            )
+            masks: dict[str, Any] = {"size": size, "valid": valid}
+            keys, values = key, value
+            if memory is not None:
+                memory = memory.insert(key, value, position, valid)
+                keys, values = memory.key.astype(key.dtype), memory.value.astype(value.dtype)
+                masks = {"causal_positions": (position, memory.position), "window": self.window}
+            elif self.causal:
+                masks |= {"causal_positions": (position, position), "window": self.window}
+            if segment is not None:
+                masks["segments"] = (segment, segment)
+            mixed = ops.attention(query, keys, values, implementation=self.implementation, **masks)
         with jax.named_scope("projections"):
             out = nn.DenseGeneral(
                 width,
                 axis=(-2, -1),
+                use_bias=self.use_bias,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name="out",
             )(mixed)
+        if memory is not None:
+            return out, memory
         return (out, Projections(query, key, value)) if projections else out

@@ -1,7 +1,7 @@
-"""The pre-norm transformer block, in two halves so that something may happen between them.
+"""The transformer block, in two halves so that something may happen between them.
 
-    x = x + scale_a * Attention(LayerNorm(x))
-    x = x + scale_f * FFN(LayerNorm(x))
+    x = x + scale_a * Attention(Norm(x))        pre-norm        x = x + scale_a * Norm(Attention(x))   post-norm
+    x = x + scale_f * FFN(Norm(x))                              x = x + scale_f * Norm(FFN(x))
 
 A block is not one Linen module but a bundle of them, since its weights live stacked by kind over the whole stack:
 `blocks/attention_norm [L, ...]`, `blocks/attention [L, ...]`, `blocks/ffn_norm [L, ...]`, `blocks/mlp [L_mlp, ...]`.
@@ -19,38 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers.attention import Attention, Reading
+from tokenlab.layers.attention import Attention, Projections, Reading
 from tokenlab.layers.context import Aux, Context
+from tokenlab.layers.norm import NORMS, NormName
+from tokenlab.ops.cache import KVCache
 from tokenlab.sharding.constrain import constrain
-
-
-class LayerNorm(nn.Module):
-    """Layer norm over D with scale and bias, statistics in float32 (Ba et al. 2016, arXiv 1607.06450).
-
-    Attributes:
-      dtype: of the result; parameters stay float32.
-      eps: added to the variance, > 0.
-    """
-
-    dtype: Any = jnp.float32
-    eps: float = 1e-6
-
-    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"scale": (None,), "bias": (None,)}
-
-    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
-        """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
-        return self.AXES
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
-        width = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        variance = (centred * centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
 
 
 class LayerScale(nn.Module):
@@ -86,7 +59,9 @@ class Block:
       layer_scale: initial value of LayerScale, None for none.
       drop_path: True when residual branches are dropped in training (rates are per block, in `Depth.rate`).
       dtype: compute dtype.
-      norm_eps: eps of both layer norms.
+      norm_eps: eps of both norms.
+      norm: "layer" or "rms".
+      post_norm: norm what each half adds rather than what it reads (Liu et al. 2022, Swin V2, arXiv 2111.09883, 3.2).
     """
 
     attention: Attention
@@ -96,16 +71,19 @@ class Block:
     drop_path: bool = False
     dtype: Any = jnp.float32
     norm_eps: float = 1e-6
+    norm: NormName = "layer"
+    post_norm: bool = False
 
     def modules(self) -> dict[str, nn.Module]:
         """Slot -> module, in order of use. Slots are the kinds of `blocks/`, but for "ffn" (see `ffn_name`)."""
+        norm = NORMS[self.norm](self.dtype, self.norm_eps)
         found: dict[str, nn.Module] = {
-            "attention_norm": LayerNorm(self.dtype, self.norm_eps),
+            "attention_norm": norm,
             "attention": self.attention,
         }
         if self.layer_scale is not None:
             found["attention_scale"] = LayerScale(self.layer_scale)
-        found |= {"ffn_norm": LayerNorm(self.dtype, self.norm_eps), "ffn": self.ffn}
+        found |= {"ffn_norm": norm, "ffn": self.ffn}
         if self.layer_scale is not None:
             found["ffn_scale"] = LayerScale(self.layer_scale)
         return found
@@ -130,29 +108,73 @@ class Block:
         Returns:
           tokens with new features; name -> reading.
         """
-        modules = self.modules()
-        normed = _apply(modules["attention_norm"], params["attention_norm"], tokens.x)
-        found: dict[str, Array] = {}
+        mixed, projections = self._mix(params, tokens, context, depth, projections=True)
+        with jax.named_scope("attention"), jax.named_scope("readings"):
+            found = {name: reading(projections, tokens) for name, reading in readings.items()}
+        return mixed, found
+
+    def remember(
+        self,
+        params: Mapping[str, Any],
+        tokens: Tokens,
+        context: Context,
+        depth: Depth,
+        memory: KVCache,
+        readings: Mapping[str, Reading] | None = None,
+    ) -> tuple[Tokens, KVCache, dict[str, Array]]:
+        """The attention half in generation, and the memory with these tokens in it.
+
+        With `context.mode` "prefill" the tokens see each other, and the memory must be empty; with "step" they see what
+        the memory holds, themselves included. Readings are of a prefill.
+        """
+        if context.mode == "step":
+            tokens, memory = self._mix(params, tokens, context, depth, memory=memory)
+            return tokens, memory, {}
+        mixed, projections = self._mix(params, tokens, context, depth, projections=True)
         with jax.named_scope("attention"):
-            facts = {"coords": tokens.coords, "size": tokens.size, "valid": tokens.valid}
-            mixed, projections = _apply(
-                self.attention, params["attention"], normed, **facts, projections=True
-            )
+            memory = memory.insert(projections.key, projections.value, tokens.position, tokens.valid)
             with jax.named_scope("readings"):
-                for name, reading in readings.items():
-                    found[name] = reading(projections, tokens)
-        return self._residual(modules, params, "attention", tokens, mixed, context, depth), found
+                found = {name: reading(projections, tokens) for name, reading in (readings or {}).items()}
+        return mixed, memory, found
+
+    def _mix(
+        self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth, **how: Any
+    ) -> tuple[Tokens, Projections | KVCache]:
+        modules = self.modules()
+        facts = {"coords": tokens.coords, "size": tokens.size, "valid": tokens.valid}
+        if self.attention.causal:
+            facts["position"] = tokens.position
+        if context.mode != "step":
+            facts["segment"] = tokens.segment
+        normed = self._normed(modules, params, "attention", tokens.x, before=True)
+        with jax.named_scope("attention"):
+            mixed, more = _apply(self.attention, params["attention"], normed, **facts, **how)
+        mixed = self._normed(modules, params, "attention", mixed, before=False)
+        return self._residual(modules, params, "attention", tokens, mixed, context, depth), more
+
+    def _normed(
+        self,
+        modules: Mapping[str, nn.Module],
+        params: Mapping[str, Any],
+        half: str,
+        x: Array,
+        *,
+        before: bool,
+    ) -> Array:
+        name = f"{half}_norm"
+        return _apply(modules[name], params[name], x) if before is not self.post_norm else x
 
     def feed(
         self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
     ) -> tuple[Tokens, Aux]:
         """The feed-forward half, with the losses and metrics of its router, if it has one."""
         modules = self.modules()
-        normed = _apply(modules["ffn_norm"], params["ffn_norm"], tokens.x)
+        normed = self._normed(modules, params, "ffn", tokens.x, before=True)
         with jax.named_scope(self.ffn_name):
             rngs = {"ffn": context.key("ffn", depth.index)} if context.train else None
             out = _apply(self.ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train)
         y, aux = out if isinstance(out, tuple) else (out, Aux())
+        y = self._normed(modules, params, "ffn", y, before=False)
         return self._residual(modules, params, "ffn", tokens, y, context, depth), aux
 
     def _residual(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+
+Mode: TypeAlias = Literal["full", "prefill", "step"]
 
 
 @struct.dataclass
@@ -19,10 +22,13 @@ class Context:
       rng: key of this step; blocks and items fold their own index into it, so that what they draw does not depend
         on how the stack is executed.
       train: True while training (drop path, router noise). Static.
+      mode: "full": whole sequences; "prefill": prompts, whose keys and values are remembered; "step": tokens that
+        follow, one a sequence, and see what is remembered. Static.
     """
 
     rng: Array
     train: bool = struct.field(pytree_node=False, default=False)
+    mode: Mode = struct.field(pytree_node=False, default="full")
 
     def key(self, name: str, index: Array | int) -> Array:
         """The key of occurrence `index` of `name`."""

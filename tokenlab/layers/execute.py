@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tokenlab.core.errors import ConfigError, ShapeError, suggest
+from tokenlab.core.errors import ConfigError, ShapeError, TokenLabError, suggest
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.block import Depth
 from tokenlab.layers.context import Aux, Context
@@ -107,11 +107,13 @@ def run(
     folded = trace is None and resolve_execution(execution, program.depth) == "scan"
     steps = program.folded() if folded else program.steps
     runner = _Runner(context, remat, trace, loads)
-    tokens, aux, _ = runner.steps(steps, _stacks(program, state, drop_path), tokens)
+    tokens, aux, _ = runner.steps(steps, stacks_of(program, state, drop_path), tokens)
     return tokens, aux
 
 
-def _stacks(program: Program, state: Mapping[str, Mapping[str, Any]], drop_path: float) -> dict[Kind, Any]:
+def stacks_of(
+    program: Program, state: Mapping[str, Mapping[str, Any]], drop_path: float = 0.0
+) -> dict[Kind, Any]:
     """Weights by kind, with the numbers that steps need of themselves: block index and rate, item ordinals."""
     depth = program.depth
     rates = jnp.linspace(0.0, drop_path, depth) if depth > 1 else jnp.full((1,), drop_path)
@@ -122,6 +124,38 @@ def _stacks(program: Program, state: Mapping[str, Mapping[str, Any]], drop_path:
             params if group == "blocks" else {"params": params, "ordinal": jnp.arange(len(occurrences))}
         )
     return stacks
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The body of a wrapper, see `tokenlab.layers.item.Body`.
+
+    Attributes:
+      run: on `count` tokens.
+      count: a Python int.
+      room: in a step of generation, whether one more token can be remembered.
+      refused: in generation, notes tokens without room.
+    """
+
+    run: Callable[[Tokens], tuple[Tokens, Aux]]
+    count: int
+    room: Callable[[], Array] | None = None
+    refused: Callable[[Array], None] | None = None
+
+    def __call__(self, tokens: Tokens) -> tuple[Tokens, Aux]:
+        """See `tokenlab.layers.item.Body`."""
+        return self.run(tokens)
+
+    def has_room(self) -> Array:
+        """See `tokenlab.layers.item.Body`."""
+        if self.room is None:
+            raise TokenLabError("has_room() is known in a step of generation only.")
+        return self.room()
+
+    def turn_away(self, count: Array) -> None:
+        """See `tokenlab.layers.item.Body`."""
+        if self.refused is not None:
+            self.refused(count)
 
 
 class _Runner:
@@ -191,7 +225,7 @@ class _Runner:
         first, inner = _split(stacks, [{step.kind: 1}, inside])
         own = _single(first[step.kind])
 
-        def body(part: Tokens) -> tuple[Tokens, Aux]:
+        def run(part: Tokens) -> tuple[Tokens, Aux]:
             if part.count != step.inside:
                 raise ShapeError(
                     f"{step.name}: its body was built for {step.inside} tokens, got {part.count}."
@@ -202,10 +236,10 @@ class _Runner:
             return done, aux
 
         if not step.active:
-            return body(tokens) if step.body else (tokens, Aux())
+            return run(tokens) if step.body else (tokens, Aux())
         with jax.named_scope(step.name):
             key = context.key("/".join(step.kind), own["ordinal"])
-            wrapped = body if step.body else None
+            wrapped = Inside(run, step.inside) if step.body else None
             tokens, aux = step.item(own["params"], tokens, context, readings, key, wrapped)
         if tokens.count != step.after:
             raise ShapeError(f"{step.name}: said it gives {step.after} tokens and gave {tokens.count}.")

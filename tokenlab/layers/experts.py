@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from tokenlab.core.errors import ConfigError, ShapeError
 from tokenlab.layers.context import Aux
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
+from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.ops import grouped
 from tokenlab.ops.dispatch import Bank
+from tokenlab.sharding.constrain import constrain
 
 Axes = Mapping[str, tuple[str | None, ...]]
 
@@ -48,10 +51,13 @@ def bank(
       train: handed to experts that take it.
       implementation: of the grouped products.
 
-    Raises: ConfigError for count < 1, or an expert that gives back more than an array.
+    Raises: ConfigError for count < 1, or an expert that is no Linen module, gives back more than an array, draws at
+      random, or keeps more than parameters.
     """
     if count < 1:
         raise ConfigError(f"num_experts must be at least 1; got {count}.")
+    if not isinstance(expert, nn.Module):
+        raise ConfigError(f"an expert is a Linen module, such as nn.Dense(64); got {expert!r}.")
     if hasattr(expert, "num_experts"):
         raise ConfigError(
             f"a layer with a router of its own cannot be an expert; got {type(expert).__name__}."
@@ -62,7 +68,13 @@ def bank(
 
     def init(key: Array) -> Any:
         def one(key: Array) -> Any:
-            return dict(expert.init(key, jnp.zeros((1, 1, width)), **how).get("params", {}))
+            made = dict(expert.init(key, jnp.zeros((1, 1, width)), **how))
+            own = made.pop("params", {})
+            if made:
+                raise ConfigError(
+                    f"an expert keeps parameters alone; {type(expert).__name__} keeps {', '.join(sorted(made))} too."
+                )
+            return dict(own)
 
         if same_init:
             return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), one(key))
@@ -71,7 +83,12 @@ def bank(
     params = owner.param(name, init)
 
     def apply(params: Any, rows: Array) -> Array:
-        out = expert.apply({"params": params}, rows, **how)
+        try:
+            out = expert.apply({"params": params}, rows, **how)
+        except flax.errors.InvalidRngError as error:
+            raise ConfigError(
+                f"experts get no rng, and {type(expert).__name__} draws at random; draw on the layer's result."
+            ) from error
         if not isinstance(out, jax.Array):
             raise ConfigError(
                 f"an expert returns one array; {type(expert).__name__} returns {type(out).__name__}. "
@@ -122,8 +139,10 @@ def layer_bank(layer: nn.Module, x: Array, *, train: bool) -> Bank:
 
 def layer_axes(layer: nn.Module, router: Axes) -> Axes:
     """Logical axes of a layer's parameters: those of its router, its experts and its shared experts."""
-    expert = default_expert(layer.expert, 1)
-    return {**router, **axes_of(expert), **(axes_of(expert, "shared") if layer.shared else {})}
+    own = axes_of(default_expert(layer.expert, 1))
+    # Every token passes the shared experts: they lie where the tokens are, whole along the mesh axis of the others.
+    shared = {path.replace("experts", "shared", 1): (None, *axes[1:]) for path, axes in own.items()}
+    return {**router, **own, **(shared if layer.shared else {})}
 
 
 def run(layer: nn.Module, plan: Any, made: Bank, x: Array, valid: Array | None, *, train: bool) -> Array:
@@ -143,9 +162,11 @@ def run(layer: nn.Module, plan: Any, made: Bank, x: Array, valid: Array | None, 
     if layer.shared:
         expert = default_expert(layer.expert, x.shape[-1])
         others = bank(layer, expert, layer.shared, x.shape[-1], name="shared", train=train)
-        with jax.named_scope("shared"):
-            more = others.buffers(others.params, jnp.broadcast_to(x, (layer.shared, *x.shape))).sum(axis=0)
-        y = y + (more if valid is None else jnp.where(valid[..., None], more, 0))
+        if not making:
+            with jax.named_scope("shared"):
+                copies = constrain(jnp.broadcast_to(x, (layer.shared, *x.shape)), None, "batch", None, None)
+                more = others.buffers(others.params, copies).sum(axis=0)
+            y = y + (more if valid is None else jnp.where(valid[..., None], more, 0))
     return y.astype(x.dtype)
 
 
@@ -186,7 +207,9 @@ def as_ffn(layer: type[nn.Module], *, examples: tuple[str, ...]) -> Callable[...
     def ffn(defaults: FFNDefaults, **arguments: Any) -> nn.Module:
         given = {field: arguments[word] for field, word in words.items() if word in arguments}
         if given.get("expert") is None:
-            given["expert"] = MLP(defaults.hidden, defaults.activation, defaults.dtype)
+            gated = defaults.gated
+            dense = SwiGLU(gated, defaults.dtype) if gated else None
+            given["expert"] = dense or MLP(defaults.hidden, defaults.activation, defaults.dtype)
         return layer(**given)
 
     words = {each.name: spelt.get(each.name, each.name) for each in fields}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers.block import LayerNorm
+from tokenlab.layers.norm import LayerNorm
 
 Pool: TypeAlias = Literal["cls", "mean"]
 

@@ -6,9 +6,9 @@ A method is a frozen dataclass here: its fields are the arguments it takes in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jax import Array
 
@@ -24,7 +24,31 @@ Amount: TypeAlias = int | float
 
 Params: TypeAlias = Mapping[str, Any]
 Axes: TypeAlias = Mapping[str, tuple[str | None, ...]]
-Body: TypeAlias = Callable[[Tokens], tuple[Tokens, Aux]]
+
+
+class Body(Protocol):
+    """The stack inside a wrapper.
+
+    Attributes:
+      count: tokens it is run on, a Python int.
+    """
+
+    count: int
+
+    def __call__(self, tokens: Tokens) -> tuple[Tokens, Aux]:
+        """Run it on `count` tokens an example.
+
+        In generation only valid tokens are remembered, and a step without any valid token is skipped.
+        """
+        ...
+
+    def has_room(self) -> Array:
+        """In a step of generation: whether the body can remember one more token, [B] bool."""
+        ...
+
+    def turn_away(self, count: Array) -> None:
+        """In generation: note that `count` [B] int32 tokens wanted in and found no room. Call it before the body."""
+        ...
 
 
 def join_readings(wanted: dict[str, Reading], more: Mapping[str, Reading]) -> None:
@@ -45,11 +69,13 @@ class Score:
     Class attributes:
       reads: what it wants of the attention of the block just before, by name; given back in `readings`.
       stochastic: draws from `context`, so equal inputs may rank differently from step to step.
+      causal: ranks a token without regard to those after it, and to what it is compared with.
       needs_cls: reads the first token, so the model must have a CLS token.
     """
 
     reads: ClassVar[Mapping[str, Reading]] = {}
     stochastic: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
 
     def init(self, key: Array, width: int) -> Params:
@@ -79,6 +105,7 @@ class Item:
       reads: what it wants of the attention of the block just before; a score's wishes are added by the item.
       merges: makes tokens that stand for several, so that `Tokens.size` must exist from the start.
       needs_cls: reads the first token, so the model must have a CLS token (scores say so for themselves).
+      generates: runs on prompts and on the tokens that follow them one by one (`context.mode`).
       identity: a stack in which the item keeps everything and so must equal the same stack without it, bit for bit;
         None when the method has no such setting.
       examples: stacks the contract tests run. At least one, for models of 16 patches, a CLS token and width 16.
@@ -88,10 +115,16 @@ class Item:
     reads: ClassVar[Mapping[str, Reading]] = {}
     merges: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     identity: ClassVar[str | None] = None
     examples: ClassVar[tuple[str, ...]] = ()
 
     train_only: bool = field(default=False, kw_only=True)
+
+    @property
+    def causal(self) -> bool:
+        """What becomes of a token does not depend on those after it: here, when all scores are causal."""
+        return bool(self.scores()) and all(score.causal for score in self.scores())
 
     def scores(self) -> tuple[Score, ...]:
         """The scores this item ranks by."""
@@ -123,6 +156,19 @@ class Item:
     def inside(self, present: int, protected: int) -> int:
         """Tokens a wrapper's body sees."""
         return self.count(present, protected)
+
+    def inside_evaluated(self, present: int, protected: int) -> int:
+        """The same in a model that is built for evaluation."""
+        return self.inside(present, protected)
+
+    def inside_prompt(self, present: int, protected: int, rows: int) -> int:
+        """The same of a prompt of `present` tokens, with which `rows` may become the whole sequence."""
+        del rows
+        return self.inside(present, protected)
+
+    def remembered(self, rows: int) -> int:
+        """Of `rows` tokens a whole sequence may have here, how many a wrapper's body must have room to remember."""
+        return rows
 
     def __call__(
         self,

@@ -16,12 +16,13 @@ class Output:
     """Logits and everything else of one forward pass; what is not used, `jit` prunes.
 
     Attributes:
-      logits: [B, outputs], float32.
-      features: what the head reads, [B, D], after the final norm.
+      logits: [B, outputs], float32; of a language model [B, N, V], what follows each token.
+      features: what the head reads, [B, D], after the final norm; of a language model [B, N, D].
       tokens: all tokens after the final norm [B, N, D].
       aux: losses (weighted already) and metrics of the model's parts.
       trace: tokens at every reduction, when `record` was asked for. Static.
       loads: name of the block -> [E], the share of work of each of its experts, when `record` was asked for.
+      places: [B, N] int32, of a language model: where in the sequence the tokens of the logits stand.
     """
 
     logits: Array
@@ -30,6 +31,7 @@ class Output:
     aux: Aux
     trace: tuple[TracePoint, ...] = struct.field(pytree_node=False, default=())
     loads: Mapping[str, Array] = struct.field(default_factory=dict)
+    places: Array | None = None
 
     @property
     def losses(self) -> Mapping[str, Array]:

@@ -18,7 +18,7 @@ from jax import Array
 
 from tokenlab.core.errors import TokenLabError, suggest
 from tokenlab.core.stack import Call, Node, Repeat, Sequence, Span, Stack
-from tokenlab.layers.attention import Reading
+from tokenlab.layers.attention import Attention, Reading
 from tokenlab.layers.bind import Resolver, build_ffn, build_item
 from tokenlab.layers.block import Block
 from tokenlab.layers.context import name_seed
@@ -43,6 +43,7 @@ class BlockStep:
       present: tokens that come in.
       reads: what the next item wants of its attention.
       between: an item between its halves.
+      rows: tokens of a whole sequence that it must have room to remember in generation; 0 elsewhere.
     """
 
     index: int
@@ -51,6 +52,7 @@ class BlockStep:
     present: int
     reads: tuple[tuple[str, Reading], ...] = ()
     between: ItemStep | None = None
+    rows: int = 0
 
     @property
     def after(self) -> int:
@@ -65,11 +67,13 @@ class BlockStep:
     def signature(self) -> Any:
         """Equal for steps that differ only in which weights they use."""
         between = self.between.signature() if self.between else None
-        return ("block", self.block, self.kinds, self.present, self.reads, between)
+        return ("block", self.block, self.kinds, self.present, self.rows, self.reads, between)
 
     def uses(self) -> dict[Kind, int]:
         """How many entries of each stack of weights it takes."""
         used = {kind: 1 for _, kind in self.kinds} | {DEPTH: 1}
+        if self.rows:
+            used[memory_kind(self.rows)] = 1
         return _add(used, self.between.uses() if self.between else {})
 
 
@@ -108,6 +112,7 @@ class ItemStep:
             self.item,
             self.kind,
             self.present,
+            self.inside,
             self.active,
             tuple(s.signature() for s in self.body),
         )
@@ -135,6 +140,11 @@ class Loop:
 
 Step: TypeAlias = BlockStep | ItemStep | Loop
 DEPTH: Kind = ("depth", "")
+
+
+def memory_kind(rows: int) -> Kind:
+    """Where blocks that remember up to `rows` tokens have their memories."""
+    return ("memory", f"{rows:08d}")
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,7 @@ def build(
     has_cls: bool,
     coordinates: int,
     train: bool,
+    rows: int | None = None,
 ) -> Program:
     """Work a stack out.
 
@@ -248,16 +259,17 @@ def build(
       has_cls: the first token is a CLS token.
       coordinates: A, axes of rotary positions.
       train: False takes `train_only` items out.
+      rows: for generation, tokens of the longest whole sequence, of which `tokens` are the prompt; None elsewhere.
 
     Returns:
       A `Program` with unrolled steps; `folded()` has loops.
 
     Raises:
       StackError: an unknown name or argument, a count that cannot be kept or merged, a reading without a block just
-        before it, a body that changes the number of tokens of a wrapper, no block at all.
+        before it, a body that changes the number of tokens of a wrapper, no block at all, an item that cannot generate.
     """
     builder = _Builder(stack, resolver, block, ffn_defaults, width, protected, has_cls, coordinates, train)
-    steps, after = builder.level([stack.root], tokens)
+    steps, after = builder.level([stack.root], tokens, rows)
     if not builder.blocks:
         stack.fail(Span(0, len(stack.text)), "holds no block; a stack needs at least one.")
     kinds = {kind: tuple(found) for kind, found in builder.kinds.items()}
@@ -344,18 +356,20 @@ class _Builder:
         self.shapes: dict[Kind, Any] = {}
         self.made: dict[Any, Any] = {}  # maker -> shapes, so that a deep stack is not traced block by block
 
-    def level(self, nodes: list[Node], present: int) -> tuple[list[Step], int]:
+    def level(self, nodes: list[Node], present: int, rows: int | None) -> tuple[list[Step], int]:
         """Steps of a sequence of nodes at one level of nesting, and the tokens after them."""
         found: list[Step] = []
         for call in _calls(nodes):
             if call.name == "block":
-                found.append(self.block_step(call, present))
+                found.append(self.block_step(call, present, rows))
             else:
-                found.append(self.item_step(call, present, found))
+                found.append(self.item_step(call, present, rows, found))
+            if rows is not None:
+                rows -= present - found[-1].after
             present = found[-1].after
         return found, present
 
-    def block_step(self, call: Call, present: int) -> BlockStep:
+    def block_step(self, call: Call, present: int, rows: int | None) -> BlockStep:
         if call.body is not None:
             self.stack.fail(call.span, "block takes no body; its arguments are ffn=..., between=....")
         known = {"ffn", "between"}
@@ -380,21 +394,21 @@ class _Builder:
                 self.stack.fail(
                     call_between.span, f"{call_between.name} wraps a body and cannot stand between halves."
                 )
-            between = self.finish_item(call_between, item, present)
+            between = self.finish_item(call_between, item, present, rows)
         seen = between.after if between else present
         kinds = []
         for slot, module in block.modules().items():
             name = block.ffn_name if slot == "ffn" else slot
             tokens = seen if slot.startswith("ffn") else present
             kinds.append((slot, self.add("blocks", name, index, module, self.module_init(module, tokens))))
-        return BlockStep(index, block, tuple(kinds), present, between=between)
+        return BlockStep(index, block, tuple(kinds), present, between=between, rows=rows or 0)
 
-    def item_step(self, call: Call, present: int, before: list[Step]) -> ItemStep:
+    def item_step(self, call: Call, present: int, rows: int | None, before: list[Step]) -> ItemStep:
         item = build_item(self.stack, call, self.resolver)
         active = self.train or not item.train_only
         if active and (wanted := item.readings()):
             self.read(call, before, wanted)
-        return self.finish_item(call, item, present)
+        return self.finish_item(call, item, present, rows)
 
     def read(self, call: Call, before: list[Step], wanted: Mapping[str, Reading]) -> None:
         """Ask the block just before for what the item wants to know of its attention."""
@@ -409,21 +423,33 @@ class _Builder:
             )
         before[at] = replace(before[at], reads=tuple(wanted.items()))
 
-    def finish_item(self, call: Call, item: Item, present: int) -> ItemStep:
+    def finish_item(self, call: Call, item: Item, present: int, rows: int | None) -> ItemStep:
         active = self.train or not item.train_only
+        if active and rows is not None and not item.generates:
+            self.stack.fail(
+                call.span,
+                f"{call.name} cannot run token by token, as generation does; take it out of the stack to generate "
+                "with, or make it train_only.",
+            )
         if not self.has_cls and any(part.needs_cls for part in (item, *item.scores())):
             self.stack.fail(call.span, f"{call.name} reads the CLS token, and this model has none.")
         # Entered before its body, so that items are numbered in the order they are written.
         kind = self.add("items", call.name, None, item, lambda key: item.init(key, self.width))
         number = self.numbers[call.name] = self.numbers.get(call.name, -1) + 1
         try:
-            inside = item.inside(present, self.protected) if active else present
+            inside, remembered = present, rows
+            if active and rows is None:
+                find = item.inside if self.train else item.inside_evaluated
+                inside = find(present, self.protected)
+            elif active:
+                inside = item.inside_prompt(present, self.protected, rows)
+                remembered = item.remembered(rows)
             after = item.count(present, self.protected) if active and not item.wraps else present
         except TokenLabError as error:
             self.stack.fail(call.span, str(error))
         body: list[Step] = []
         if call.body is not None:
-            body, out = self.level([call.body], inside)
+            body, out = self.level([call.body], inside, remembered)
             if out != inside:
                 self.stack.fail(
                     call.span,
@@ -458,6 +484,8 @@ class _Builder:
             x = jnp.zeros((1, present, self.width))
             wants_coords = getattr(module, "rope_theta", None) is not None
             facts = {"coords": jnp.zeros((1, present, self.coordinates))} if wants_coords else {}
+            if isinstance(module, Attention) and module.causal:
+                facts["position"] = jnp.zeros((1, present), jnp.int32)
             return module.init({"params": key, "ffn": key}, x, **facts).get("params", {})
 
         return init

@@ -37,6 +37,7 @@ def attention(
     valid: jax.Array | None = None,
     causal_positions: tuple[jax.Array, jax.Array] | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -52,6 +53,8 @@ def attention(
       causal_positions: (positions of the queries [B, N], of the keys [B, M]), int: a query sees keys at its own
         position and before. Positions are those the tokens carry, in any order and with gaps.
       segments: (segment of the queries [B, N], of the keys [B, M]), int: a query sees keys of its own segment.
+      window: with `causal_positions`, a query sees no key `window` or more positions before its own (sliding window,
+        Beltagy et al. 2020, arXiv 2004.05150); at least 1.
       bias: [B or 1, H or 1, N or 1, M] float, added to the scaled logits; -inf hides.
       scale: of the logits; None is 1 / sqrt(Dh).
       implementation: None or "xla" works everywhere. "cudnn" is jax.nn.dot_product_attention's flash attention: on
@@ -65,7 +68,12 @@ def attention(
     _check_heads(q, k)
     if v.shape != k.shape:
         raise ShapeError(f"k {k.shape} and v {v.shape} must have one shape [B, M, G, Dh].")
-    masks = {"valid": valid, "causal_positions": causal_positions, "segments": segments}
+    masks = {
+        "valid": valid,
+        "causal_positions": causal_positions,
+        "segments": segments,
+        "window": window,
+    }
     _check_masks(q, k, size=size, bias=bias, **masks)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise TokenLabError(
@@ -91,6 +99,7 @@ def attention_rows(
     valid: jax.Array | None = None,
     causal_positions: tuple[jax.Array, jax.Array] | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
@@ -111,6 +120,7 @@ def attention_rows(
         "valid": valid,
         "causal_positions": causal_positions,
         "segments": segments,
+        "window": window,
         "bias": bias,
     }
     _check_masks(q, k, **masks)
@@ -123,6 +133,7 @@ def visible_keys(
     valid: jax.Array | None = None,
     causal_positions: tuple[jax.Array, jax.Array] | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
 ) -> jax.Array | None:
     """Which keys each query sees, as the conjunction of the masks: [B, 1, N or 1, M] bool, None for all.
 
@@ -133,7 +144,8 @@ def visible_keys(
         masks.append(jnp.asarray(valid)[:, None, None, :])
     if causal_positions is not None:
         query, key = (jnp.asarray(positions) for positions in causal_positions)
-        masks.append((query[:, :, None] >= key[:, None, :])[:, None])
+        ahead = query[:, :, None] - key[:, None, :]
+        masks.append((ahead >= 0 if window is None else (ahead >= 0) & (ahead < window))[:, None])
     if segments is not None:
         query, key = (jnp.asarray(segment) for segment in segments)
         masks.append((query[:, :, None] == key[:, None, :])[:, None])
@@ -149,6 +161,7 @@ def attention_bias(
     valid: jax.Array | None = None,
     causal_positions: tuple[jax.Array, jax.Array] | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array | None:
     """Everything that is added to the logits, as one float32 array: bias + log(size), and -inf for hidden keys.
@@ -157,7 +170,7 @@ def attention_bias(
     are those of `attention`.
     """
     added = None if bias is None else jnp.asarray(bias).astype(jnp.float32)
-    visible = visible_keys(valid=valid, causal_positions=causal_positions, segments=segments)
+    visible = visible_keys(valid=valid, causal_positions=causal_positions, segments=segments, window=window)
     if size is not None:
         size = jnp.asarray(size).astype(jnp.float32)[:, None, None, :]
         # The inner where keeps the gradient of log finite at size 0.
@@ -229,9 +242,13 @@ def _check_heads(q: jax.Array, k: jax.Array) -> None:
         )
 
 
-def _check_masks(q, k, *, size, valid, causal_positions, segments, bias) -> None:
+def _check_masks(q, k, *, size, valid, causal_positions, segments, window, bias) -> None:
     batch, n, heads, _ = q.shape
     m = k.shape[1]
+    if window is not None and (causal_positions is None or not window >= 1):
+        raise ShapeError(
+            f"window is {window!r}; expected at least 1, and causal_positions, which it counts in."
+        )
     if size is not None and jnp.shape(size) != (batch, m):
         raise ShapeError(f"size has shape {jnp.shape(size)}; expected [B, M] = {(batch, m)}, one a key.")
     if valid is not None and (jnp.shape(valid) != (batch, m) or jnp.result_type(valid) != jnp.bool_):

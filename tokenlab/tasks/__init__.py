@@ -20,13 +20,16 @@ class Task(Protocol):
     Attributes:
       primary: the metric by which checkpoints are compared.
       better: "max" or "min" of it.
+      examples: what an example is called, in the plural.
 
-    A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
+    A task with metrics that are no means, such as perplexity, has `derived(means) -> dict`, which makes them of those that
+    are. A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
     `classifies` True too. Evaluation then tells of calibration and of each class.
     """
 
     primary: str
     better: str
+    examples: str
 
     def num_outputs(self, source: Any) -> int:
         """Logits the model must give for this data. Raises ConfigError when the data does not fit the task."""

@@ -225,17 +225,20 @@ class TrainConfig:
         )
 
 
-def default_config() -> ConfigDict:
+def default_config(model: str = "vit", task: str = "classify", data: str = "digits") -> ConfigDict:
     """Every field of a run with a default: what a file in configs/ starts from.
 
-    A ViT on the digits, trained with AdamW. `config.model`, `config.task` and `config.data` hold the settings of what
-    their `name` says and are open: another name may bring keys of its own.
+    A ViT on the digits, trained with AdamW, unless other names are given. `config.model`, `config.task` and
+    `config.data` hold the settings of what their `name` says and are open: another name may bring keys of its own.
+
+    Args:
+        model, task, data: names of a model, a task and a source whose settings all have defaults.
     """
     return from_dataclass(
         TrainConfig(
-            model={"name": "vit", **_settings("tokenlab.models", "vit", "Config")},
-            task={"name": "classify", **_settings("tokenlab.tasks", "classify", "Config")},
-            data=_settings("tokenlab.data.sources", "digits", "Config"),
+            model={"name": model, **_settings("tokenlab.models", model, "Config")},
+            task={"name": task, **_settings("tokenlab.tasks", task, "Config")},
+            data={**_settings("tokenlab.data.sources", data, "Config"), "name": data},
         )
     )
 

@@ -106,7 +106,7 @@ class Evaluator:
                 sums.append(self._step(params, place(batch, rows), place(np.int32(index), everywhere)))
                 jax.block_until_ready(sums[max(index - AHEAD, 0)])
         totals = jax.tree.map(lambda *leaves: float(np.sum(leaves, dtype=np.float64)), *jax.device_get(sums))
-        found = means(totals)
+        found = means(totals, self.task)
         if not found:
             raise DataError(
                 f"source {source.name!r}: none of the {len(source.split(split))} records of split {split!r} can be "
@@ -144,6 +144,10 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), tree)
 
 
-def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """name -> sum / weight, of what has weight; sorted by name."""
-    return {name: float(total) / float(weight) for name, (total, weight) in sorted(sums.items()) if weight}
+def means(sums: Mapping[str, tuple[float, float]], task: Any) -> dict[str, float]:
+    """name -> sum / weight, of what has weight, and what the task derives of these; sorted by name."""
+    found = {name: float(total) / float(weight) for name, (total, weight) in sums.items() if weight}
+    derived = getattr(task, "derived", None)
+    if derived is not None and found:
+        found |= derived(found)
+    return dict(sorted(found.items()))

@@ -89,7 +89,11 @@ def run(
             )
         )
         progress = stack.enter_context(
-            Progress(experiment.config.steps, batch_size=experiment.config.batch_size)
+            Progress(
+                experiment.config.steps,
+                batch_size=experiment.config.batch_size,
+                examples=experiment.task.examples,
+            )
         )
         interrupt = stack.enter_context(Interrupt())
         trainer = Trainer(experiment, folder, checkpoints, progress, interrupt, begun)
@@ -295,7 +299,7 @@ class Trainer:
         check_health(health, self._leaf_names)
         self._tell_left_out(TRAIN_SPLIT, self.experiment.skipped)
         self.state = self.state.replace(metrics=self.experiment.zero_metrics())
-        self._record("train", {**means(sums), "learning_rate": float(rate)})
+        self._record("train", {**means(sums, self.experiment.task), "learning_rate": float(rate)})
 
     def _evaluate(self, split: str) -> dict[str, float]:
         check_health(jax.device_get(self.state.health), self._leaf_names)

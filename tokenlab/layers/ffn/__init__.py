@@ -20,11 +20,13 @@ class FFNDefaults:
       hidden: hidden width of the model's dense layer.
       activation: name of the model's activation, see `tokenlab.layers.activation`.
       dtype: compute dtype.
+      gated: hidden width of the model's dense layer where that is a SwiGLU, None where it is an MLP.
     """
 
     hidden: int
     activation: str
     dtype: Any
+    gated: int | None = None
 
 
 def width_of(hidden: int | None, default: int) -> int:

@@ -70,5 +70,5 @@ class SwiGLU(nn.Module):
 
 
 def ffn(defaults: FFNDefaults, *, hidden: int | None = None) -> SwiGLU:
-    """`block(ffn=swiglu(hidden=...))`; by default 2/3 of the dense width, which costs as much as the dense layer."""
-    return SwiGLU(width_of(hidden, round(defaults.hidden * 2 / 3)), defaults.dtype)
+    """`block(ffn=swiglu(hidden=...))`; by default the model's own, or 2/3 of its MLP's width, which costs as much."""
+    return SwiGLU(width_of(hidden, defaults.gated or round(defaults.hidden * 2 / 3)), defaults.dtype)

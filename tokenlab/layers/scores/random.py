@@ -18,6 +18,7 @@ class Random(Score):
     """Uniform draws in [0, 1), anew for every occurrence and step; in evaluation the same at every call."""
 
     stochastic: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
 
     def __call__(self, params: Params, tokens: Tokens, readings: Mapping[str, Array], key: Array) -> Array:
         """[B, N], float32."""

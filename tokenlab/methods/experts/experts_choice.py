@@ -57,6 +57,11 @@ class ExpertsChoice(nn.Module):
     same_init: bool = False
     transport: Literal["bfloat16"] | None = None
 
+    @property
+    def causal(self) -> bool:
+        """Never: an expert compares all tokens of the sequence."""
+        return False
+
     def places(self, tokens: int) -> int:
         """C for N tokens. Raises TokenLabError when it rounds to nothing."""
         return route.capacity(

@@ -53,7 +53,11 @@ class SoftRouter(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> tuple[Array, Array]:
-        """[B, N, D] -> dispatch weights, summing to 1 over N, and combine weights, summing to 1 over (E, P)."""
+        """[B, N, D] -> dispatch weights, summing to 1 over N, and combine weights, summing to 1 over (E, P).
+
+        Raises: ShapeError for tokens that are not floating [B, N, D].
+        """
+        x = check_tokens(x, valid)
         shape = (x.shape[-1], self.num_experts, self.slots)
         mu = self.param("mu", nn.initializers.lecun_normal(), shape, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
@@ -95,6 +99,11 @@ class SoftMoE(nn.Module):
     same_init: bool = False
     transport: Literal["bfloat16"] | None = None
     similarity: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Never: slots are means over the whole sequence."""
+        return False
 
     def slots_of(self, tokens: int) -> int:
         """P for N tokens. Raises ConfigError, TokenLabError for settings out of range or a P of 0."""
@@ -144,6 +153,15 @@ class SoftMoE(nn.Module):
             raise ConfigError(f"soft_moe: noise must be at least 0; got {self.noise}.")
         for name in ("dispatch", "combine"):
             check_word(f"soft_moe: {name}", getattr(self, name), get_args(Mixing))
+        if self.noise and not self._learned:
+            raise ConfigError(
+                f"soft_moe: noise is on the logits of a soft mixture; dispatch {self.dispatch!r} and combine "
+                f"{self.combine!r} have none. Leave it out."
+            )
+        if self.similarity and "identity" in (self.dispatch, self.combine):
+            raise ConfigError(
+                "soft_moe: similarity is that of mixtures; 'identity' mixes nothing. Leave it out."
+            )
         x = check_tokens(x, valid)
         banks.check_transport("soft_moe", self.transport)
         tokens, places = x.shape[1], self.slots_of(x.shape[1])

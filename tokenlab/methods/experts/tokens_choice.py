@@ -71,6 +71,11 @@ class TokensChoice(nn.Module):
     same_init: bool = False
     transport: Literal["bfloat16"] | None = None
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token's room depends on earlier tokens alone: first choices only, in the order of the sequence."""
+        return self.k == 1 and not self.batch_priority
+
     def experts_per_token(self, tokens: int) -> float:
         """Experts chosen by each token: K."""
         del tokens

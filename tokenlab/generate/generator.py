@@ -1,0 +1,155 @@
+"""What follows prompts, a few tokens at a time; two compiled functions serve every prompt up to the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from tokenlab.core.errors import TokenLabError
+from tokenlab.models.decoder_lm import DecoderLM, Memory
+from tokenlab.ops.sample import Sampling, sample
+
+
+@struct.dataclass
+class Going:
+    """Sequences under way.
+
+    Attributes:
+      token: [B] int32, the last drawn, not yet read.
+      ended: [B] bool, the end of the document was drawn.
+      drawn: [] int32, tokens drawn so far.
+      memory: of what was read.
+    """
+
+    token: Array
+    ended: Array
+    drawn: Array
+    memory: Memory
+
+
+class Generator:
+    """Generates with one model, one batch size after another.
+
+    Args:
+      model: a decoder language model.
+      params: its weights.
+      prompt: P, tokens of the longest prompt.
+      new: most tokens that follow.
+      sampling: how each is drawn.
+      end: the id that ends a document; None goes on to the last token.
+      chunk: tokens that are handed out together, >= 1.
+
+    Raises:
+      TokenLabError: a count below 1, or a stack that cannot run token by token.
+    """
+
+    def __init__(
+        self,
+        model: DecoderLM,
+        params: Any,
+        *,
+        prompt: int,
+        new: int,
+        sampling: Sampling | None = None,
+        end: int | None = None,
+        chunk: int = 16,
+    ) -> None:
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+            raise TokenLabError(f"chunk is {chunk!r}; expected a number of tokens >= 1.")
+        self.functions = model.generation(prompt, new)
+        self.sampling, self.end, self.chunk = sampling or Sampling(), end, min(chunk, new)
+        self._params = params
+        self.traces = {"prefill": 0, "steps": 0}
+        """How often each function was traced; it stays at one a batch size."""
+
+    @cached_property
+    def weights(self) -> Any:
+        """The weights as the functions read them."""
+        return jax.jit(self.functions.prepare)(self._params)
+
+    def stream(self, prompts: Sequence[np.ndarray], seed: int = 0) -> Iterator[np.ndarray]:
+        """What follows each prompt, as it comes.
+
+        Args:
+          prompts: B of them, ids int32 [T] with 1 <= T <= P.
+          seed: of the draws; the same gives the same tokens.
+
+        Yields:
+          int32 [B, <= chunk]; behind the end of a document only ends. It stops when all have ended, or after `new`
+          tokens.
+
+        Raises:
+          TokenLabError: no prompt, an empty one, one longer than P, or ids outside the vocabulary.
+        """
+        ids, length = self.padded(prompts)
+        key = jax.random.key(seed)
+        going = self._start(self.weights, ids, length, key)
+        left = self.functions.new
+        while left > 0:
+            tokens, going = self._more(self.weights, going, key)
+            tokens = np.asarray(tokens).T[:, :left]
+            left -= tokens.shape[1]
+            yield tokens
+            if self.end is not None and bool((tokens[:, -1] == self.end).all()):
+                return
+
+    def __call__(self, prompts: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+        """All that `stream` yields, in one array int32 [B, <= new]."""
+        return np.concatenate(list(self.stream(prompts, seed)), axis=1)
+
+    def padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as ids [B, P] with zeros behind them, and their lengths [B]; raises as `stream`."""
+        most, vocabulary = self.functions.prompt, self.functions.model.num_outputs
+        if not prompts:
+            raise TokenLabError("generate: no prompt is given; expected one or more.")
+        ids = np.zeros((len(prompts), most), np.int32)
+        length = np.array([len(each) for each in prompts], np.int32)
+        for row, each in enumerate(prompts):
+            if not 1 <= len(each) <= most:
+                raise TokenLabError(
+                    f"generate: prompt {row} has {len(each)} tokens; expected 1 to {most}, the longest this was built "
+                    "for."
+                )
+            each = np.asarray(each)
+            if each.min() < 0 or each.max() >= vocabulary:
+                raise TokenLabError(
+                    f"generate: prompt {row} has ids from {each.min()} to {each.max()}; expected 0 to {vocabulary - 1}."
+                )
+            ids[row, : len(each)] = each
+        return ids, length
+
+    @cached_property
+    def _start(self) -> Any:
+        def prefill(weights: Any, ids: Array, length: Array, key: Array) -> Going:
+            self.traces["prefill"] += 1
+            logits, memory = self.functions.prefill(weights, ids, length, key)
+            token = sample(logits, jax.random.fold_in(key, 0), self.sampling)
+            return Going(token, jnp.zeros(token.shape, bool), jnp.int32(0), memory)
+
+        return jax.jit(prefill)
+
+    @cached_property
+    def _more(self) -> Any:
+        @partial(jax.jit, donate_argnums=1)
+        def steps(weights: Any, going: Going, key: Array) -> tuple[Array, Going]:
+            self.traces["steps"] += 1
+
+            def one(going: Going, _: None) -> tuple[Going, Array]:
+                token = going.token if self.end is None else jnp.where(going.ended, self.end, going.token)
+                ended = going.ended if self.end is None else token == self.end
+                logits, memory = self.functions.step(weights, token, going.memory, key)
+                drawn = going.drawn + 1
+                after = sample(logits, jax.random.fold_in(key, drawn), self.sampling)
+                return Going(after, ended, drawn, memory), token
+
+            going, tokens = lax.scan(one, going, length=self.chunk)
+            return tokens, going
+
+        return steps

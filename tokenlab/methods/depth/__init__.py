@@ -1,0 +1,1 @@
+"""Depth: methods that let tokens go through fewer layers."""

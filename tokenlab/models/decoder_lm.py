@@ -1,0 +1,494 @@
+"""decoder_lm: a decoder language model in the form that has become usual (LLaMA, arXiv 2302.13971) over any stack.
+
+    tokens = embed(ids)            [B, N, D]
+    tokens = stack(tokens)         block*12, (block + mod(keep=0.125)(block))*6, block(ffn=dropless(experts=8))*12
+    logits = head(tokens)          final norm, linear to the vocabulary: what follows each token, [B, N, V]
+
+Attention is causal, with rotary positions and grouped-query heads; the feed-forward layer is a SwiGLU; norms are RMS
+norms before each half of a block. Nothing has a bias. The weights are {"embed", "blocks", "items", "head"}.
+
+`DecoderLM.generation` gives what generates: prompts first, then token by token, with memories of a fixed size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from tokenlab.core.errors import ConfigError, ShapeError, StackError, TokenLabError, suggest
+from tokenlab.core.stack import parse
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers import execute, generation, program
+from tokenlab.layers.attention import Attention
+from tokenlab.layers.block import Block
+from tokenlab.layers.context import Context
+from tokenlab.layers.ffn import FFNDefaults
+from tokenlab.layers.ffn.swiglu import SwiGLU
+from tokenlab.layers.output import Output
+from tokenlab.layers.program import BlockStep, ItemStep
+from tokenlab.layers.vocabulary import LMHead, TokenEmbed
+from tokenlab.models import Names
+from tokenlab.sharding.constrain import constrain
+
+SIZES: Mapping[str, tuple[int, int, int, int, int]] = {
+    # name: width D, depth L, hidden F of the SwiGLU, heads H, key heads G
+    "nano": (16, 2, 32, 2, 2),
+    "micro": (32, 4, 88, 2, 2),
+    "toy": (96, 6, 256, 4, 4),
+    "small": (256, 8, 688, 4, 4),
+    "60M": (512, 12, 1376, 8, 8),
+    "125M": (768, 12, 2048, 12, 12),
+    "220M": (1024, 14, 2736, 16, 16),
+    "350M": (1024, 24, 2736, 16, 16),
+    "760M": (1536, 24, 4096, 16, 16),
+    "1.3B": (2048, 24, 5504, 16, 16),
+    "3B": (2560, 34, 6912, 20, 20),
+    "7B": (4096, 32, 11008, 32, 32),
+}
+"""Toys first; then widths and depths as usual for decoders (Brown et al. 2020, arXiv 2005.14165, table 2.1), with
+F = 8/3 D in multiples of 16, so that a SwiGLU has as many weights as an MLP of 4 D; 7B is LLaMA's."""
+
+
+@dataclass(frozen=True)
+class DecoderLMConfig:
+    """Settings of a decoder language model; None takes what the size says.
+
+    Attributes:
+      size: a row of `SIZES`.
+      stack: the depth as an expression; None for `block*L`.
+      width, num_heads, num_kv_heads, mlp_dim: in place of the size's D, H, G, F.
+      head_dim: Dh; None for D / H.
+      tied: the head uses the embedding's table.
+      vocab_multiple: the table has a multiple of so many rows, so that a mesh can split it.
+      norm: "rms" or "layer".
+      post_norm: norm what each half of a block adds rather than what it reads.
+      norm_eps: eps of all norms, > 0.
+      qk_norm: norm queries and keys.
+      position: "rope" or "none".
+      rope_theta: base of the rotary frequencies, > 0.
+      window: a token sees none so many positions or more before its own; None for all.
+      leaks: allow stacks in which later tokens change earlier logits, such as mod(decide=topk) at evaluation, to
+        measure what that is worth. Their losses are not those of a language model.
+      dtype: "float32" or "bfloat16" for computation; parameters, softmax, norms and losses are float32 always.
+      execution: "auto", "scan" or "unroll".
+      remat: "none", "full" or "dots".
+      attention: implementation of attention: None, "xla" or "cudnn".
+    """
+
+    size: str = "toy"
+    stack: str | None = None
+    width: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    tied: bool = False
+    vocab_multiple: int = 1
+    norm: Literal["rms", "layer"] = "rms"
+    post_norm: bool = False
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    position: Literal["rope", "none"] = "rope"
+    rope_theta: float = 10_000.0
+    window: int | None = None
+    leaks: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    execution: Literal["auto", "scan", "unroll"] = "auto"
+    remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["xla", "cudnn"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ConfigError(f"config.model.size {self.size!r} is unknown.{suggest(self.size, SIZES)}")
+        for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_multiple", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.model.{name} must be at least 1; got {value}.")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"config.model.{name} must be above 0; got {getattr(self, name)}.")
+        width, _, _, heads, groups, head = self.dims()
+        if (self.head_dim is None and width % heads) or heads % groups:
+            raise ConfigError(
+                f"config.model: width {width}, num_heads {heads}, num_kv_heads {groups}: width must be a multiple of "
+                "num_heads unless head_dim is given, and num_heads of num_kv_heads."
+            )
+        if self.position == "rope" and head % 2:
+            raise ConfigError(f"config.model: rotary positions need an even head width; got {head}.")
+
+    def dims(self) -> tuple[int, int, int, int, int, int]:
+        """Width D, depth L of the size, hidden F, heads H, key heads G, head width Dh."""
+        width, depth, hidden, heads, groups = SIZES[self.size]
+        chosen = self.width or width
+        heads = self.num_heads or heads
+        groups = self.num_kv_heads or min(groups, heads)
+        hidden = self.mlp_dim or round(chosen * hidden / width)
+        return chosen, depth, hidden, heads, groups, self.head_dim or chosen // heads
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLM:
+    """A decoder language model for sequences of N tokens.
+
+    Attributes:
+      settings: see `DecoderLMConfig`.
+      length: N.
+      num_outputs: ids in the vocabulary.
+      stack_vars: numbers that names in the stack stand for.
+      train: False takes `train_only` items out of the stack.
+
+    Raises (when built):
+      StackError, ConfigError, ShapeError, NameLookupError: settings that do not fit each other, or a stack in which
+      tokens see what comes after them.
+    """
+
+    settings: DecoderLMConfig
+    length: int
+    num_outputs: int
+    stack_vars: Mapping[str, int | float]
+    train: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_causal(generating=not self.train)
+
+    def _check_causal(self, *, generating: bool) -> None:
+        """Raise StackError where a token sees what comes after it; `generating` lets what prunes prompts pass."""
+        for step in self.program.flat() if not self.settings.leaks else ():
+            if isinstance(step, ItemStep) and step.active and not step.item.causal:
+                if generating and step.item.generates:
+                    continue
+                what, name = "chooses tokens by what comes after them", step.kind[1]
+            elif isinstance(step, BlockStep) and not getattr(step.block.ffn, "causal", True):
+                what, name = "lets a token's result depend on those after it", step.block.ffn_name
+            else:
+                continue
+            raise StackError(
+                f"stack: in a language model {name} {what}, so its loss would be that of a model that sees the answer: "
+                f"{self.program.stack.text!r}. Take a causal method, make it train_only, or set config.model.leaks=True "
+                "to measure it all the same."
+            )
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @property
+    def dtype(self) -> Any:
+        """Compute dtype."""
+        return jnp.dtype(self.settings.dtype)
+
+    @property
+    def rows(self) -> int:
+        """V of the tables: the ids, filled up to a multiple of `vocab_multiple`."""
+        multiple = self.settings.vocab_multiple
+        return -(-self.num_outputs // multiple) * multiple
+
+    @cached_property
+    def embed(self) -> TokenEmbed:
+        """The module under state["embed"]."""
+        return TokenEmbed(self.rows, self.settings.dims()[0], self.dtype)
+
+    @cached_property
+    def head(self) -> LMHead:
+        """The module under state["head"]."""
+        s = self.settings
+        return LMHead(self.num_outputs, self.rows, s.tied, s.norm, s.norm_eps, self.dtype)
+
+    @cached_property
+    def program(self) -> program.Program:
+        """The stack, worked out for sequences of N tokens."""
+        return self._program(self.length, None)
+
+    def _program(self, tokens: int, rows: int | None) -> program.Program:
+        s = self.settings
+        width, depth, hidden, heads, groups, head = s.dims()
+        stack = parse(s.stack if s.stack is not None else f"block*{depth}", self.stack_vars)
+        unused = sorted(set(self.stack_vars) - stack.used)
+        if unused:
+            raise StackError(
+                f"stack_vars.{unused[0]} is not used in the stack {stack.text!r}; take it out, or use it there."
+            )
+        attention = Attention(
+            num_heads=heads,
+            num_kv_heads=groups,
+            head_dim=head,
+            qk_norm=s.qk_norm,
+            norm=s.norm,
+            use_bias=False,
+            rope_theta=s.rope_theta if s.position == "rope" else None,
+            causal=True,
+            window=s.window,
+            dtype=self.dtype,
+            implementation=s.attention,
+        )
+        block = Block(
+            attention=attention,
+            ffn=SwiGLU(hidden, self.dtype),
+            ffn_name="swiglu",
+            dtype=self.dtype,
+            norm_eps=s.norm_eps,
+            norm=s.norm,
+            post_norm=s.post_norm,
+        )
+        # An ungated layer of 3/2 F has as many weights as the gated one of F.
+        defaults = FFNDefaults(round(hidden * 1.5), "gelu_tanh", self.dtype, gated=hidden)
+        return program.build(
+            stack,
+            Names(),
+            block=block,
+            ffn_defaults=defaults,
+            width=width,
+            tokens=tokens,
+            protected=0,
+            has_cls=False,
+            coordinates=1,
+            train=self.train and rows is None,
+            rows=rows,
+        )
+
+    @property
+    def tokens_per_example(self) -> int:
+        """N."""
+        return self.length
+
+    @property
+    def stack_text(self) -> str:
+        """The stack in canonical spelling, its variables replaced by numbers."""
+        return str(self.program.stack)
+
+    def batch_spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what `apply` reads of a batch."""
+        ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
+        return {"ids": ids, "segment": ids, "position": ids}
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "head": ...}, float32.
+
+        Block k and item j get keys that depend on `key` and their number alone, so two stacks of as many blocks start
+        from the same weights.
+        """
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("embed", "stack", "head"))}
+        embed = self.embed.init(keys["embed"], jnp.zeros((1, 1), jnp.int32))["params"]
+        x = jnp.zeros((1, 1, self.settings.dims()[0]))
+        head = self.head.init(keys["head"], x, embed["table"])["params"]
+        return {"embed": embed, **self.program.init(keys["stack"]), "head": head}
+
+    def abstract_state(self) -> dict[str, Any]:
+        """Shapes and dtypes of the weights, without making them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Parameter path -> logical axes of its trailing dimensions, for `tokenlab.sharding.rules`."""
+        embed = {f"embed/{path}": axes for path, axes in self.embed.axes().items()}
+        head = {f"head/{path}": axes for path, axes in self.head.axes().items()}
+        return {**embed, **self.program.axes(), **head}
+
+    # ------------------------------------------------------------------------------------------ whole sequences
+
+    def apply(
+        self,
+        state: Mapping[str, Any],
+        batch: Mapping[str, Array],
+        *,
+        train: bool = False,
+        rng: Array | None = None,
+        record: bool = False,
+        execution: Literal["auto", "scan", "unroll"] | None = None,
+        remat: Literal["none", "full", "dots"] | None = None,
+    ) -> Output:
+        """One forward pass over whole sequences.
+
+        Args:
+          state: weights, see `init`.
+          batch: "ids" [B, N] int32; "segment" [B, N] int32, the document of each token, 0 for padding, and "position"
+            [B, N] int32, its place in the document; without the two every row is one document.
+          train, rng, record, execution, remat: as in `tokenlab.models.vit.ViT.apply`.
+
+        Returns:
+          `Output` with logits [B, K, V] of the K tokens that are there at the end, and `tokens` [B, K, D];
+          `Output.places` [B, K] says where in the sequence they stand.
+
+        Raises:
+          ShapeError: sequences of another length than the model was built for.
+          StackError: the stack prunes prompts by what comes after a token, so it can generate and nothing else.
+        """
+        self._check_causal(generating=False)
+        ids = batch["ids"]
+        if ids.ndim != 2 or ids.shape[1] != self.length:
+            raise ShapeError(f"decoder_lm: built for ids [B, {self.length}], got {list(ids.shape)}.")
+        context = Context(jax.random.key(0) if rng is None else rng, train)
+        place = jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), ids.shape)
+        segment = batch.get("segment")
+        valid = None if segment is None else segment > 0
+        tokens = self._embedded(state, ids, place, batch.get("position", place), valid)
+        tokens = tokens.replace(segment=segment)
+        if self.program.merges:
+            tokens = tokens.replace(size=jnp.ones(ids.shape, jnp.float32))
+        if record:
+            tokens = tokens.replace(owner=place)
+        trace: list[execute.TracePoint] = []
+        loads: dict[str, Array] = {}
+        tokens, aux = execute.run(
+            self.program,
+            state,
+            tokens,
+            context,
+            execution=execution or self.settings.execution,
+            remat=remat or self.settings.remat,
+            trace=trace if record else None,
+            loads=loads,
+        )
+        logits, normed = self._head(state, tokens.x)
+        return Output(logits, normed, normed, aux, tuple(trace), loads, tokens.position)
+
+    def _embedded(
+        self, state: Mapping[str, Any], ids: Array, place: Array, position: Array, valid: Array | None
+    ) -> Tokens:
+        with jax.named_scope("embed"):
+            x = self.embed.apply({"params": state["embed"]}, ids)
+            x = constrain(x, "batch", None, None)
+        coords = position[..., None].astype(jnp.float32) if self.settings.position == "rope" else None
+        return Tokens(x, place, coords, valid)
+
+    def _head(self, state: Mapping[str, Any], x: Array) -> tuple[Array, Array]:
+        with jax.named_scope("head"):
+            return self.head.apply({"params": state["head"]}, x, state["embed"]["table"])
+
+    # ------------------------------------------------------------------------------------------ generation
+
+    @functools.cache  # noqa: B019 models are few and live as long as what they made
+    def generation(self, prompt: int, new: int) -> Generation:
+        """What generates up to `new` tokens behind prompts of up to `prompt`.
+
+        Raises:
+          TokenLabError: not two counts >= 1, or the stack has an item that cannot run token by token.
+        """
+        for name, value in (("prompt", prompt), ("new", new)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise TokenLabError(f"generation: {name} is {value!r}; expected a number of tokens >= 1.")
+        return Generation(self, prompt, new, self._program(prompt, prompt + new))
+
+
+@struct.dataclass
+class Memory:
+    """What generation remembers of B sequences.
+
+    Attributes:
+      length: [B] int32, tokens seen so far.
+      layers: keys and values, see `tokenlab.layers.generation`.
+    """
+
+    length: Array
+    layers: generation.Memories
+
+    @property
+    def lost(self) -> Array:
+        """Tokens that some layer had no room for, [B] int32."""
+        return generation.lost(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values; static."""
+        caches = jax.tree.leaves(self.layers, is_leaf=lambda leaf: isinstance(leaf, generation.KVCache))
+        return sum(leaf.size * leaf.dtype.itemsize for c in caches for leaf in (c.key, c.value))
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """The functions that generate; all are pure and of static shapes, so that each compiles once.
+
+    Attributes:
+      model: whose weights are used.
+      prompt: P, tokens of the longest prompt.
+      new: tokens that may follow.
+      program: the stack, worked out for them.
+    """
+
+    model: DecoderLM
+    prompt: int
+    new: int
+    program: program.Program
+
+    def prepare(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The weights as the other functions read them; once before the first token."""
+        layers = generation.prepare(self.program, state, self.model.settings.execution)
+        return {"embed": state["embed"], "layers": layers, "head": state["head"]}
+
+    def prefill(
+        self, weights: Mapping[str, Any], ids: Array, length: Array, rng: Array | None = None
+    ) -> tuple[Array, Memory]:
+        """Read prompts.
+
+        Args:
+          weights: from `prepare`.
+          ids: [B, P] int32, each prompt from the front; what stands behind is not read.
+          length: [B] int32 in 1..P.
+          rng: key of random choices in the stack; the same in every step that follows. None: a fixed one.
+
+        Returns:
+          Logits of what follows each prompt, [B, V] float32; the memory.
+        """
+        if ids.ndim != 2 or ids.shape[1] != self.prompt or length.shape != ids.shape[:1]:
+            raise ShapeError(
+                f"prefill: ids {list(ids.shape)} and length {list(length.shape)}; expected [B, {self.prompt}] and [B]."
+            )
+        model, settings = self.model, self.model.settings
+        *_, groups, head = settings.dims()
+        place = jnp.broadcast_to(jnp.arange(self.prompt, dtype=jnp.int32), ids.shape)
+        valid = place < length[:, None]
+        tokens = model._embedded(weights, jnp.where(valid, ids, 0), place, place, valid)
+        memories = generation.empty(self.program, ids.shape[0], groups, head, model.dtype, weights["layers"])
+        tokens, memories = generation.run(
+            self.program, weights["layers"], memories, tokens, self._context(rng, "prefill")
+        )
+        # Tokens may have been dropped on the way; the last of each prompt never is.
+        last = jnp.argmax(tokens.valid & (tokens.position == length[:, None] - 1), axis=1)
+        x = jnp.take_along_axis(tokens.x, last[:, None, None], axis=1)
+        logits, _ = model._head(weights, x)
+        return logits[:, 0], Memory(length.astype(jnp.int32), memories)
+
+    def step(
+        self, weights: Mapping[str, Any], ids: Array, memory: Memory, rng: Array | None = None
+    ) -> tuple[Array, Memory]:
+        """Read one more token of each sequence: ids [B] int32 -> logits of what follows, [B, V]; the new memory."""
+        place = memory.length[:, None]
+        tokens = self.model._embedded(weights, ids[:, None], place, place, jnp.ones(place.shape, bool))
+        tokens, layers = generation.run(
+            self.program, weights["layers"], memory.layers, tokens, self._context(rng, "step")
+        )
+        logits, _ = self.model._head(weights, tokens.x)
+        return logits[:, 0], Memory(memory.length + 1, layers)
+
+    def _context(self, rng: Array | None, mode: Literal["prefill", "step"]) -> Context:
+        return Context(jax.random.key(0) if rng is None else rng, mode=mode)
+
+
+Config = DecoderLMConfig
+
+
+def build(
+    config: DecoderLMConfig,
+    *,
+    spec: Mapping[str, tuple[tuple[int, ...], str]],
+    num_outputs: int,
+    stack_vars: Mapping[str, int | float],
+    train: bool,
+) -> DecoderLM:
+    """A decoder for the text of a data source; see `tokenlab.models.build`."""
+    if "ids" not in spec:
+        raise ConfigError(
+            f"decoder_lm reads 'ids'; the data has {', '.join(sorted(spec))}. Choose data of text, such as "
+            "config.data.name='shakespeare', or another model."
+        )
+    shape = tuple(spec["ids"][0])
+    if len(shape) != 1:
+        raise ShapeError(f"decoder_lm reads ids [N]; the data's 'ids' has shape {shape}.")
+    return DecoderLM(config, shape[0], num_outputs, stack_vars, train)
