@@ -19,7 +19,9 @@ FILES = sorted(set(FOLDER.glob("**/*.py")) - {*COMPARISONS})
 
 
 def skip_without(settings: ConfigDict) -> None:
-    """Skip where the prepared set that is read is not there."""
+    """Skip where the prepared set, or the files, that are read are not there."""
+    if settings.name == "text" and not any(Path().glob(pattern) for pattern in settings.files):
+        pytest.skip(f"no file matches {', '.join(settings.files)}: this configuration reads text of one's own")
     if settings.name != "tfds":
         return
     folder = os.environ.get("TFDS_DATA_DIR")

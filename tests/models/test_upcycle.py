@@ -62,6 +62,13 @@ def test_noise_parts_the_copies(dense):
     np.testing.assert_array_equal(noisy["blocks/mlp/up/kernel"], plain["blocks/mlp/up/kernel"])
 
 
+@pytest.mark.parametrize("noise", [-0.1, np.nan, np.inf])
+def test_noise_that_is_none(dense, noise):
+    target = model("block*2 + block(ffn=tokens_choice(experts=4))")
+    with pytest.raises(CheckpointError, match="noise must be a number at least 0; got"):
+        upcycle(dense, target.program, target.abstract_state(), noise=noise)
+
+
 def test_what_does_not_fit_is_told(dense):
     def of(stack):
         target = model(stack)

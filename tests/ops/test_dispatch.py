@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenlab.core.errors import ShapeError
+from tokenlab.core.errors import ShapeError, TokenLabError
 from tokenlab.ops import route
 from tokenlab.ops.dispatch import Bank, Indexed, Sorted, Weighted
 from tokenlab.ops.grouped import grouped_matmul
@@ -262,6 +262,20 @@ def test_a_plan_is_for_its_number_of_tokens():
     plan = Indexed.of_taken(Taken(jnp.zeros((1, 2, 2), jnp.int32), jnp.ones((1, 2, 2))), 4)
     with pytest.raises(ShapeError, match="made for 4 tokens, got 5"):
         plan.dispatch(jnp.ones((1, 5, 3)))
+    plan = Sorted(jnp.zeros((1, 4, 1), jnp.int32), jnp.ones((1, 4, 1)), 2)
+    with pytest.raises(ShapeError, match=r"made for tokens \(1, 4\), got \(1, 5\)"):
+        plan.dispatch(jnp.ones((1, 5, 3)))
+
+
+@pytest.mark.parametrize("form", ["indexed", "sorted"])
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_experts_that_do_not_exist(form, bad):
+    expert, ones = jnp.array([[[0], [bad], [2]]]), jnp.ones((1, 3, 1))
+    with pytest.raises(TokenLabError, match=rf"experts are 0\.\.1, or 2 for padding; got {min(bad, 0)}\.\."):
+        if form == "indexed":
+            Indexed.of_choices(Chosen(expert, jnp.zeros((1, 3, 1), jnp.int32), ones), 2, 3)
+        else:
+            Sorted(expert, ones, 2).dispatch(jnp.ones((1, 3, WIDTH)))
 
 
 # Memory

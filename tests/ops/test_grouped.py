@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import megablox
 
 from tokenlab.core.errors import ShapeError, TokenLabError
+from tokenlab.cost.flops import count
 from tokenlab.ops import exchange, grouped
 
 HERE = ("blocks", "ragged", "dense")  # what runs on a CPU
@@ -100,6 +102,44 @@ def test_the_dtype_is_that_of_the_rows(arrays, implementation):
         ]
     )
     close(np.asarray(y, np.float32), exact, atol=3e-2, rtol=2e-2)
+
+
+def made_to_run(implementation, monkeypatch):
+    """The Pallas kernel is interpreted; the package is skipped where it is not installed."""
+    if implementation == "tokamax":
+        pytest.importorskip("tokamax", reason="the extra tokamax is not installed")
+    if implementation == "megablox":
+        monkeypatch.setattr(megablox, "gmm", partial(megablox.gmm, interpret=True))
+        monkeypatch.setattr(grouped, "check_implementation", lambda name: name)
+
+
+@pytest.mark.parametrize("implementation", grouped.IMPLEMENTATIONS)
+def test_what_stands_behind_the_groups_reaches_nothing(implementation, arrays, monkeypatch):
+    """NaN there, and in the gradient that comes back, as accelerators may leave it."""
+    made_to_run(implementation, monkeypatch)
+    x, w, cotangent, _ = (jnp.asarray(a) for a in arrays)
+    sizes = jnp.array(SIZES["rows beyond"])
+    exact = compiled("blocks")(x, w, sizes, cotangent)
+    y, pull = jax.vjp(
+        lambda x, w: grouped.grouped_matmul(x, w, sizes, implementation=implementation),
+        x.at[18:].set(jnp.nan),
+        w,
+    )
+    for found, wanted in zip((y, *pull(cotangent.at[18:].set(jnp.nan))), exact, strict=True):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "ragged", "megablox", "tokamax"])
+def test_every_row_counts_once_whatever_computes_it(implementation, arrays, monkeypatch):
+    made_to_run(implementation, monkeypatch)
+    x, w, _, _ = (jnp.asarray(a) for a in arrays)
+    sizes = jnp.array(SIZES["uneven"])
+
+    def total(x, w):
+        return grouped.grouped_matmul(x, w, sizes, implementation=implementation).sum()
+
+    assert count(total, x, w).flops == 2 * ROWS * WIDTH * OUT
+    assert count(jax.value_and_grad(total, (0, 1)), x, w).flops == 6 * ROWS * WIDTH * OUT
 
 
 def test_blocks_keep_their_size_between_eight_and_five_hundred():
@@ -214,3 +254,22 @@ def test_exchanges_that_cannot_run(name, says):
 def test_shapes_that_do_not_fit(x, w, sizes):
     with pytest.raises(ShapeError, match=r"x \[M, D\], w \[E, D, F\], sizes \[E\]; got"):
         grouped.grouped_matmul(jnp.ones(x), jnp.ones(w), jnp.ones(sizes, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ([3, 2], r"sum to at most the 4 rows; got \[3, 2\]"),
+        ([-1, 2], r"at least 0 .*; got \[-1, 2\]"),
+        ([1.0, 2.0], "whole numbers; got float32"),
+    ],
+)
+def test_sizes_that_are_no_groups_of_the_rows(sizes, says):
+    x, w = jnp.ones((4, 3)), jnp.ones((2, 3, 5))
+    with pytest.raises(ShapeError, match=says):
+        grouped.grouped_matmul(x, w, jnp.array(sizes))
+
+
+def test_rows_and_matrices_have_one_dtype():
+    with pytest.raises(ShapeError, match="x is bfloat16 and w float32; cast one"):
+        grouped.grouped_matmul(jnp.ones((4, 3), jnp.bfloat16), jnp.ones((2, 3, 5)), jnp.array([2, 2]))

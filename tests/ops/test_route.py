@@ -93,6 +93,7 @@ def test_capacity(tokens, experts, factor, options, expected):
         ((8, 4, -1.0), {}, "above 0"),
         ((8, 4, math.nan), {}, "above 0; got nan"),
         ((8, 4, math.inf), {}, "above 0; got inf"),
+        ((8, 4, 1.0), {"rounding": "floor"}, "rounding 'floor' is unknown. Known: ceil, round"),
         ((8, 4, 1.0), {"multiple_of": 0}, "multiple_of must be at least 1"),
         ((8, 64, 1.0), {"rounding": "round"}, "rounds to 0: 8 tokens"),
     ],
@@ -362,6 +363,8 @@ def test_the_load_loss_needs_noise(std):
     [
         (jnp.zeros((2, 3)), None, r"tokens \[B, N, D\].*float32\[2, 3\]"),
         (jnp.zeros((1, 2, 3, 4)), None, r"\[1, 2, 3, 4\]"),
+        (jnp.zeros((0, 3, 4)), None, r"at least one token; got float32\[0, 3, 4\]"),
+        (jnp.zeros((2, 0, 4)), None, r"at least one token; got float32\[2, 0, 4\]"),
         (jnp.zeros((2, 3, 4), jnp.int32), None, "floating dtype; got int32"),
         (jnp.zeros((2, 3, 4)), jnp.ones((2, 4), bool), r"valid is bool\[2, 4\]; expected bool\[2, 3\]"),
         (jnp.zeros((2, 3, 4)), jnp.ones((2, 3)), "valid is float32"),

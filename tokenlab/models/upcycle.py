@@ -10,6 +10,7 @@ and hard routers multiply by gates below 1. So the model starts near the dense o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +47,11 @@ def upcycle(
       path -> array, the leaves that `saved` gives; the paths that must begin anew.
 
     Raises:
-      CheckpointError: the stack has no experts, or there is no one dense layer that theirs could be copies of.
+      CheckpointError: the stack has no experts, there is no one dense layer that theirs could be copies of, or noise
+        is no number >= 0.
     """
+    if not 0 <= noise < math.inf:
+        raise CheckpointError(f"upcycle: noise must be a number at least 0; got {noise}.")
     have, want = flat(saved), flat(wanted)
     kinds = {
         name: [each.index for each in found]

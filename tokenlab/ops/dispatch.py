@@ -16,17 +16,19 @@ move along the expert axis. `Sorted` does it inside `jax.shard_map`, by `tokenla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 
-from tokenlab.core.errors import ShapeError
+from tokenlab.core.errors import ShapeError, TokenLabError
 from tokenlab.ops import exchange
 from tokenlab.ops.exchange import Exchange
 from tokenlab.ops.route import Chosen, Taken
@@ -100,7 +102,11 @@ class Indexed:
 
     @classmethod
     def of_choices(cls, chosen: Chosen, experts: int, places: int, transport: str | None = None) -> Indexed:
-        """From tokens that chose: those whose place is at or beyond `places` are dropped."""
+        """From tokens that chose: those whose place is at or beyond `places` are dropped.
+
+        Raises: TokenLabError for experts that are concrete and not in 0..E.
+        """
+        _check_experts(chosen.expert, experts)
         batch, n, k = chosen.expert.shape
         address = jnp.where(chosen.place < places, chosen.expert * places + chosen.place, experts * places)
         owner = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[:, None], (n, k)).reshape(-1)
@@ -179,7 +185,14 @@ class Sorted:
         return jnp.argsort(flat, stable=True), sizes
 
     def dispatch(self, x: Array) -> tuple[Array, Array]:
-        """[B, N, D] -> rows [B * N * K, D] and the sizes of their groups, [E] int32."""
+        """[B, N, D] -> rows [B * N * K, D] and the sizes of their groups, [E] int32.
+
+        Raises: ShapeError for other tokens than the plan was made for, TokenLabError for experts that are concrete and
+          not in 0..E.
+        """
+        if x.shape[:2] != self.expert.shape[:2]:
+            raise ShapeError(f"dispatch: made for tokens {self.expert.shape[:2]}, got {x.shape[:2]}.")
+        _check_experts(self.expert, self.experts)
         order, sizes = self.order()
         x = _rounded(x, self.transport)
         return x.reshape(-1, x.shape[-1])[order // self.expert.shape[-1]], sizes
@@ -199,6 +212,7 @@ class Sorted:
 
     def run(self, bank: Bank, x: Array) -> Array:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D'], every device sorting its own rows."""
+        exchange.check_exchange(self.exchange)  # a name is never ignored, also where nothing is exchanged
         axes, ways = _batch_axes()
         if not axes:
             return self._local(bank, bank.params, x, self, 1)
@@ -206,6 +220,10 @@ class Sorted:
             raise ShapeError(
                 f"{self.experts} experts cannot be split over mesh axis 'expert' of size {ways}."
             )
+        split = {axis: get_abstract_mesh().shape[axis] for axis in axes}
+        if len(x) % math.prod(split.values()):
+            over = " x ".join(f"{axis}={size}" for axis, size in split.items())
+            raise ShapeError(f"a batch of {len(x)} cannot be split over mesh {over}; take a multiple.")
         rows, held = PartitionSpec(axes), PartitionSpec("expert") if ways > 1 else PartitionSpec()
         local = jax.shard_map(
             lambda params, x, own: self._local(bank, params, x, own, ways),
@@ -226,6 +244,15 @@ class Sorted:
         y = bank.groups(params, sent.rows.astype(x.dtype), sent.sizes)
         back = exchange.send_back(y.astype(travels), sent, len(rows), "expert", implementation=self.exchange)
         return own.combine(back.astype(y.dtype))
+
+
+def _check_experts(expert: Array, experts: int) -> None:
+    if not isinstance(expert, jax.core.Tracer):
+        known = np.asarray(expert)
+        if known.size and not (0 <= known.min() and known.max() <= experts):
+            raise TokenLabError(
+                f"experts are 0..{experts - 1}, or {experts} for padding; got {known.min()}..{known.max()}."
+            )
 
 
 def _rounded(x: Array, transport: str | None) -> Array:

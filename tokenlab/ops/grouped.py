@@ -23,11 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, get_abstract_mesh
 
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
 
 Implementation: TypeAlias = Literal["ragged", "blocks", "dense", "megablox", "tokamax"]
 IMPLEMENTATIONS = ("ragged", "blocks", "dense", "megablox", "tokamax")
+
+TILE = 128  # rows that megablox takes at a time; it refuses a number of rows that this does not divide
 
 
 def grouped_matmul(
@@ -41,30 +44,43 @@ def grouped_matmul(
       sizes: [E] int32, rows of each group; their sum is at most M. Groups may be empty.
       implementation: see the module.
 
-    Raises: ShapeError for shapes that do not fit, TokenLabError for an implementation that is unknown or cannot run.
+    Raises: ShapeError for shapes and dtypes that do not fit, or sizes that are concrete and not those of groups of M
+      rows; TokenLabError for an implementation that is unknown or cannot run.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or sizes.shape != w.shape[:1]:
         raise ShapeError(
             f"grouped_matmul takes x [M, D], w [E, D, F], sizes [E]; got {x.shape}, {w.shape}, {sizes.shape}."
         )
+    if x.dtype != w.dtype:
+        raise ShapeError(f"grouped_matmul: x is {x.dtype} and w {w.dtype}; cast one of them.")
+    _check_sizes(sizes, x.shape[0])
     chosen = check_implementation(implementation)
     sizes = sizes.astype(jnp.int32)
     if chosen == "blocks":
-        return _blocks(x, w, sizes)
+        return _product(x, w, sizes, chosen)
+    # What stands behind the groups is zero on CPU and undefined elsewhere, in results and in gradients; and "dense"
+    # would multiply what is there by 0, which makes no zero of NaN.
+    there = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
+    x = jnp.where(there, x, jnp.zeros((), x.dtype))
     if chosen == "dense":
         y = jnp.einsum("md,edf,me->mf", x, w, _members(sizes, x.shape[0]).astype(x.dtype))
     elif chosen == "ragged":
         y = lax.ragged_dot(x, w, sizes)
-    elif chosen == "megablox":
-        from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-        y = gmm(x, w, sizes, preferred_element_type=x.dtype)
     else:
-        import tokamax
+        y = _product(x, w, sizes, chosen)
+    return jnp.where(there, y, jnp.zeros((), y.dtype))
 
-        y = tokamax.ragged_dot(x, w, sizes)
-    # What stands beyond the groups is zero on CPU and undefined elsewhere.
-    return jnp.where((jnp.arange(x.shape[0]) < sizes.sum())[:, None], y, jnp.zeros((), y.dtype))
+
+def _check_sizes(sizes: Array, rows: int) -> None:
+    """Raise ShapeError for sizes that are concrete and not those of groups of so many rows."""
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise ShapeError(f"sizes of groups are whole numbers; got {sizes.dtype}.")
+    if not isinstance(sizes, jax.core.Tracer):
+        known = np.asarray(sizes)
+        if (known < 0).any() or known.sum() > rows:
+            raise ShapeError(
+                f"sizes of groups are at least 0 and sum to at most the {rows} rows; got {known.tolist()}."
+            )
 
 
 def check_implementation(implementation: str | None) -> str:
@@ -136,6 +152,7 @@ def _over_blocks(
     """Folds `body(out, rows of a block, its group, its first row)` over the blocks; rows of other groups are zeros."""
     each, group, first, end = _layout(sizes, x.shape[0])
     padded = jnp.pad(x, ((0, each), (0, 0)))
+    skip = _may_branch()
 
     def step(out: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         group, first, end = block
@@ -144,17 +161,46 @@ def _over_blocks(
             there = (first + jnp.arange(each) < end)[:, None]
             return body(out, jnp.where(there, lax.dynamic_slice_in_dim(padded, first, each), 0), group, first)
 
-        return lax.cond(first < end, compute, lambda out: out, out), None
+        return lax.cond(first < end, compute, lambda out: out, out) if skip else compute(out), None
 
     return lax.scan(step, out, (group, first, end))[0]
 
 
-@partial(jax.jit, inline=False)
-def grouped_rows(x: Array, w: Array, sizes: Array) -> Array:
-    """Rows times their group's matrix, block by block: [M, D], [E, D, F], [E] -> [M, F].
+def _may_branch() -> bool:
+    """Whether blocks that are not needed may be left out.
+
+    Not inside a `jax.shard_map` that leaves the splitting over some axes to the compiler: it may put a collective into
+    the branch, and devices whose rows differ would wait for each other in different blocks. There they compute zeros.
+    """
+    mesh = get_abstract_mesh()
+    manual = [kind is AxisType.Manual for kind in mesh.axis_types]
+    left = any(mesh.shape[axis] > 1 for axis, own in zip(mesh.axis_names, manual, strict=True) if not own)
+    return not (any(manual) and left)
+
+
+def _kernel(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
+    """`grouped_rows` by a kernel of another package."""
+    if implementation == "megablox":
+        from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+        whole = jnp.pad(x, ((0, -x.shape[0] % TILE), (0, 0)))
+        return gmm(whole, w, sizes, preferred_element_type=x.dtype)[: x.shape[0]]
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # tokamax reads its flags, and would take the command line for them
+    return tokamax.ragged_dot(x, w, sizes)
+
+
+@partial(jax.jit, static_argnums=3, inline=False)
+def grouped_rows(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
+    """Rows times their group's matrix, by blocks or a kernel: [M, D], [E, D, F], [E] -> [M, F].
 
     `tokenlab.cost` knows this call by its name and counts every row once, as of `lax.ragged_dot`.
     """
+    if implementation != "blocks":
+        return _kernel(x, w, sizes, implementation)
 
     def body(out: Array, part: Array, group: Array, first: Array) -> Array:
         y = part @ lax.dynamic_index_in_dim(w, group, keepdims=False)
@@ -166,10 +212,15 @@ def grouped_rows(x: Array, w: Array, sizes: Array) -> Array:
     return _over_blocks(x, sizes, room, body)[:rows]
 
 
-@partial(jax.jit, inline=False)
-def grouped_weights(x: Array, dy: Array, sizes: Array) -> Array:
-    """Every group's x^T dy, block by block: [M, D], [M, F], [E] -> [E, D, F]; counted as `grouped_rows`."""
+@partial(jax.jit, static_argnums=3, inline=False)
+def grouped_weights(x: Array, dy: Array, sizes: Array, implementation: str) -> Array:
+    """Every group's x^T dy, by blocks or a kernel: [M, D], [M, F], [E] -> [E, D, F]; counted as `grouped_rows`."""
     width = x.shape[1]
+    if (
+        implementation != "blocks"
+    ):  # the kernels have it as the gradient of their matrices, whatever those hold
+        w = jnp.zeros((sizes.shape[0], width, dy.shape[1]), x.dtype)
+        return jax.vjp(lambda w: _kernel(x, w, sizes, implementation), w)[1](dy)[0]
 
     def body(dw: Array, part: Array, group: Array, first: Array) -> Array:
         del first
@@ -179,23 +230,29 @@ def grouped_weights(x: Array, dy: Array, sizes: Array) -> Array:
     return _over_blocks(jnp.concatenate([x, dy], axis=1), sizes, room, body)
 
 
-@jax.custom_vjp
-def _blocks(x: Array, w: Array, sizes: Array) -> Array:
-    return grouped_rows(x, w, sizes)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
+    return grouped_rows(x, w, sizes, implementation)
 
 
-def _blocks_forward(x: Array, w: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return grouped_rows(x, w, sizes), (x, w, sizes)
+def _product_forward(
+    x: Array, w: Array, sizes: Array, implementation: str
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_rows(x, w, sizes, implementation), (x, w, sizes)
 
 
-def _blocks_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, np.ndarray]:
-    # By hand: differentiating the loop would add an array as large as w for every block.
+def _product_backward(
+    implementation: str, saved: tuple[Array, Array, Array], dy: Array
+) -> tuple[Array, Array, np.ndarray]:
+    # By hand: differentiating the loop would add an array as large as w for every block, and nobody knows what a
+    # kernel's own gradient costs.
     x, w, sizes = saved
-    dx = grouped_rows(dy, jnp.swapaxes(w, 1, 2), sizes)
-    return dx, grouped_weights(x, dy, sizes).astype(w.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
+    dx = grouped_rows(dy, jnp.swapaxes(w, 1, 2), sizes, implementation)
+    dw = grouped_weights(x, dy, sizes, implementation).astype(w.dtype)
+    return dx, dw, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def map_blocks(fn: Callable[[Any, Array], Array], params: Any, x: Array, sizes: Array) -> Array:

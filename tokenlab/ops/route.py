@@ -78,6 +78,7 @@ def capacity(
             raise TokenLabError(f"{name} must be at least 1; got {value}.")
     if not (math.isfinite(factor) and factor > 0):
         raise TokenLabError(f"the capacity factor must be a number above 0; got {factor}.")
+    check_word("rounding", rounding, ("ceil", "round"))
     if multiple_of < 1:
         raise TokenLabError(f"multiple_of must be at least 1; got {multiple_of}.")
     exact = tokens * choices * factor / experts
@@ -227,13 +228,16 @@ def check_word(what: str, word: str, known: Iterable[str]) -> None:
 def check_tokens(x: Array, valid: Array | None) -> Array:
     """x with zeros in padding, so that nothing there, NaN neither, can reach a sum over tokens.
 
-    Raises ShapeError unless x is floating [B, N, D] and `valid` bool [B, N] with a valid token in every example. The
-    last can only be seen where `valid` is a concrete array; inside a compiled program such an example gives zeros.
+    Raises ShapeError unless x is floating [B, N, D], none of the three 0, and `valid` bool [B, N] with a valid token in
+    every example. The last can only be seen where `valid` is a concrete array; inside a compiled program such an
+    example gives zeros.
     """
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(
             f"a router takes tokens [B, N, D] of a floating dtype; got {x.dtype}{list(x.shape)}."
         )
+    if 0 in x.shape:
+        raise ShapeError(f"a router takes at least one token; got {x.dtype}{list(x.shape)}.")
     if valid is None:
         return x
     if valid.shape != x.shape[:2] or valid.dtype != jnp.bool_:

@@ -132,6 +132,8 @@ def test_losses(plain, params, x):
         ({"gate": "sigmod"}, ConfigError, "gate 'sigmod' is unknown"),
         ({"implementation": "megablox"}, TokenLabError, "'megablox' runs on TPU"),
         ({"implementation": "blox"}, TokenLabError, "implementation 'blox' is unknown"),
+        ({"exchange": "pad"}, TokenLabError, "exchange 'pad' is unknown. Did you mean 'padded'"),
+        ({"exchange": "ragged"}, TokenLabError, "XLA:CPU does not have; take 'padded'"),
     ],
     ids=lambda value: "=".join(map(str, list(value.items())[0])) if isinstance(value, dict) else "",
 )

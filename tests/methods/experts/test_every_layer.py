@@ -316,17 +316,36 @@ class Wider(nn.Module):
         return nn.Dense(x.shape[-1] + 1)(x)
 
 
+class Drawing(nn.Module):
+    """Drops at random in training."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(x.shape[-1])(x))
+
+
+@each_layer
+def test_an_expert_that_draws_is_refused_in_training(name, x):
+    layer = LAYERS[name].clone(expert=Drawing())
+    params = layer.init({"params": jax.random.key(0), **RNGS}, x)
+    layer.apply(params, x)
+    with pytest.raises(ConfigError, match="experts get no rng, and Drawing draws at random"):
+        layer.apply(params, x, train=True, rngs={**RNGS, "dropout": jax.random.key(1)})
+
+
 @each_layer
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
+        ({"expert": nn.BatchNorm(True)}, ConfigError, "parameters alone; BatchNorm keeps batch_stats too"),
+        ({"expert": nn.Dense}, ConfigError, "an expert is a Linen module, such as nn.Dense"),
         ({"num_experts": 0}, TokenLabError, "at least 1; got 0"),
         ({"num_experts": -2}, TokenLabError, "at least 1; got -2"),
         ({"shared": -1}, ConfigError, "shared must be at least 0; got -1"),
         ({"expert": Wider()}, ShapeError, r"experts take and give \[B, N, D\]"),
         ({"expert": SoftMoE(2, slots=1)}, ConfigError, "router of its own cannot be an expert"),
     ],
-    ids=["none", "negative", "shared", "width", "nested"],
+    ids=["statistics", "class", "none", "negative", "shared", "width", "nested"],
 )
 def test_settings_out_of_range(name, change, error, says, x):
     layer = LAYERS[name].clone(**change)

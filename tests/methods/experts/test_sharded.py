@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenlab import GRIN, Dropless, ExpertsChoice, SoftMoE, TokensChoice, models
+from tokenlab.core.errors import TokenLabError
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.ops import exchange
 from tokenlab.sharding.check import collectives
@@ -118,6 +119,45 @@ def test_experts_that_do_not_divide_are_refused(name):
     layer = LAYERS[name].clone(num_experts=6)
     with pytest.raises(Exception, match=r"not divisible|cannot be split"):
         compiled(layer, start(layer), {"expert": 4})
+
+
+@pytest.mark.parametrize("name", ["soft_moe", pytest.param("dropless", marks=pytest.mark.slow)])
+def test_shared_experts_lie_where_the_tokens_are(name):
+    """However few: they are not split over the axis of the others, and no token travels to them."""
+    layer = LAYERS[name].clone(shared=1)
+    params = start(layer)
+    run, mesh, given = compiled(layer, params, {"expert": 8})
+    expected = jax.jit(partial(gradients, layer))(params, X)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), run(*given), expected)
+    moved = [each for each in collectives(run) if each.kind == "all-gather"]
+    assert not [each for each in moved if X.shape in each.shapes]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("soft_moe", marks=pytest.mark.slow),
+        "dropless",
+        pytest.param("grin", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_split_by_tensor_too_are_as_on_one_device(name):
+    """And no device waits for others inside a branch that they may not take."""
+    layer = LAYERS[name]
+    params = start(layer)
+    run, _, given = compiled(layer, params, {"data": 2, "tensor": 2, "expert": 2})
+    assert " conditional(" not in run.as_text()
+    expected = jax.jit(partial(gradients, layer))(params, X)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), run(*given), expected)
+
+
+@pytest.mark.parametrize("name", ["soft_moe", "dropless"])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(name):
+    layer = LAYERS[name]
+    params = start(layer)
+    with jax.set_mesh(make_mesh({"expert": 8})), pytest.raises(TokenLabError, match=r"4 .*expert=8") as error:
+        jax.eval_shape(lambda x: layer.apply({"params": params}, x), X[:4])
+    assert "\n" not in str(error.value)
 
 
 def test_a_mesh_without_expert_axis_exchanges_nothing():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenlab.core.errors import ConfigError, TokenLabError
+from tokenlab.core.errors import ConfigError, ShapeError, TokenLabError
 from tokenlab.cost.flops import count
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.methods.experts.soft_moe import SoftMoE, SoftRouter
@@ -164,6 +164,20 @@ def test_noise_is_for_training(params, layer, run, x):
     close(apply(layer, params, x, train=True)[0], run(params, x))  # without noise it needs no rng
 
 
+# The router alone
+
+
+def test_the_router_alone_keeps_padding_out_of_its_gradients(params, x):
+    valid = jnp.ones((3, 7), bool).at[1, 2].set(False)
+    gradient = quick(
+        jax.grad(lambda p, x: (SoftRouter(E, P).apply({"params": p}, x, valid=valid)[0] ** 2).sum())
+    )
+    found = gradient(params["router"], x.at[1, 2].set(jnp.nan))
+    jax.tree.map(close, found, gradient(params["router"], x))
+    with pytest.raises(ShapeError, match=r"takes tokens \[B, N, D\]"):
+        SoftRouter(E, P).init(jax.random.key(0), x[0])
+
+
 # Slots and cost
 
 
@@ -186,6 +200,20 @@ def test_how_many_slots():
         ({"num_experts": 16}, "rounds to 0: 7 tokens"),
         ({"num_experts": 4, "capacity": 0.0}, "above 0; got 0.0"),
         ({"num_experts": 4, "slots": 1, "noise": -1.0}, "noise must be at least 0; got -1.0"),
+        (
+            {"num_experts": 4, "slots": 1, "dispatch": "uniform", "combine": "uniform", "noise": 0.1},
+            "noise is on the logits of a soft mixture; dispatch 'uniform' and combine 'uniform' have none",
+        ),
+        (
+            {
+                "num_experts": 7,
+                "slots": 1,
+                "dispatch": "identity",
+                "combine": "identity",
+                "similarity": True,
+            },
+            "similarity is that of mixtures; 'identity' mixes nothing",
+        ),
         (
             {"num_experts": 4, "slots": 1, "dispatch": "sofft"},
             "dispatch 'sofft' is unknown. Did you mean 'soft'",
