@@ -360,7 +360,8 @@ class DecoderLM:
 
     def _head(self, state: Mapping[str, Any], x: Array) -> tuple[Array, Array]:
         with jax.named_scope("head"):
-            return self.head.apply({"params": state["head"]}, x, state["embed"]["table"])
+            logits, normed = self.head.apply({"params": state["head"]}, x, state["embed"]["table"])
+            return constrain(logits, "batch", None, "vocab"), normed
 
     # ------------------------------------------------------------------------------------------ generation
 
