@@ -19,6 +19,7 @@ Conventions (those of XLA's own cost analysis, except where a line says otherwis
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -253,19 +254,45 @@ _RULES |= dict.fromkeys(
 )
 
 
+_GROUPED = re.compile(r"grouped_(rows|weights)_(\d+)x(\d+)x(\d+)")
+"""The name of a jitted product of `tokenlab.ops.grouped`: M rows, each with one matrix [D, F] of E."""
+
+
 def _grouped_product(eqn: Any) -> OperationCost:
-    """Of `tokenlab.ops.grouped`: every row of x with one matrix, as `lax.ragged_dot`, however the loop cuts them."""
-    x, other = eqn.invars[:2]
-    return OperationCost(flops=2 * size(x) * other.aval.shape[-1], bytes=_all_bytes(eqn))
-
-
-NAMED_CALLS: dict[str, Rule] = {"grouped_rows": _grouped_product, "grouped_weights": _grouped_product}
-"""Jitted functions that stand for one operation, by name; what they are made of does not count."""
+    """Every row with one matrix, as `lax.ragged_dot`, however the loop cuts them; times what `vmap` put in front."""
+    kind, *sizes = _GROUPED.fullmatch(eqn.params["name"]).groups()
+    rows, width, out = map(int, sizes)
+    tail = (rows, out) if kind == "rows" else (width, out)
+    found = [tuple(each.aval.shape) for each in eqn.outvars if tuple(each.aval.shape[-2:]) == tail]
+    extra = max((len(shape) for shape in found), default=0) - (2 if kind == "rows" else 3)
+    batch = max((math.prod(shape[:extra]) for shape in found), default=1) if extra > 0 else 1
+    return OperationCost(flops=2 * batch * rows * width * out, bytes=_all_bytes(eqn))
 
 
 def named_call(eqn: Any) -> bool:
-    """Whether an equation calls one of `NAMED_CALLS`."""
-    return eqn.primitive.name in ("jit", "pjit") and eqn.params.get("name") in NAMED_CALLS
+    """Whether an equation is a call that stands for one operation; what it is made of does not count.
+
+    JAX may cut such a call in two, with the same name: the part that holds the product stands for it.
+    """
+    if eqn.primitive.name not in ("jit", "pjit") or not _GROUPED.fullmatch(str(eqn.params.get("name"))):
+        return False
+    return _multiplies(eqn.params["jaxpr"].jaxpr)
+
+
+def _multiplies(jaxpr: Any) -> bool:
+    """Whether a product, or a kernel, stands anywhere in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot", "ragged_dot_general", "pallas_call"):
+            return True
+        values = [
+            each
+            for value in eqn.params.values()
+            for each in (value if isinstance(value, tuple) else (value,))
+        ]
+        inner = [getattr(value, "jaxpr", value) for value in values]
+        if any(_multiplies(each) for each in inner if hasattr(each, "eqns")):
+            return True
+    return False
 
 
 _registered: dict[str, Rule] = {}
@@ -302,7 +329,7 @@ def operation_cost(eqn: Any) -> OperationCost:
     """What executing one equation costs; `is_known(eqn.primitive.name)` or `named_call(eqn)` must hold."""
     name = eqn.primitive.name
     if named_call(eqn):
-        return NAMED_CALLS[eqn.params["name"]](eqn)
+        return _grouped_product(eqn)
     if name in DATA_MOVEMENT:
         return OperationCost()
     if name in ELEMENTWISE:

@@ -15,6 +15,7 @@ A named one that cannot run is an error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -193,12 +194,32 @@ def _kernel(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
     return tokamax.ragged_dot(x, w, sizes)
 
 
-@partial(jax.jit, static_argnums=3, inline=False)
-def grouped_rows(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
-    """Rows times their group's matrix, by blocks or a kernel: [M, D], [E, D, F], [E] -> [M, F].
+@functools.cache
+def _counted(kind: str, rows: int, width: int, out: int, implementation: str) -> Callable[..., Array]:
+    """`_rows` or `_weights` as a call that `tokenlab.cost` knows by its name and counts as M rows times a [D, F] each.
 
-    `tokenlab.cost` knows this call by its name and counts every row once, as of `lax.ragged_dot`.
+    The name holds M, D and F, since JAX may cut a call in two and give its parts other arguments.
     """
+    made = {"rows": _rows, "weights": _weights}[kind]
+
+    def call(left: Array, right: Array, sizes: Array) -> Array:
+        return made(left, right, sizes, implementation)
+
+    call.__name__ = f"grouped_{kind}_{rows}x{width}x{out}"
+    return jax.jit(call, inline=False)
+
+
+def grouped_rows(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
+    """Rows times their group's matrix, by blocks or a kernel: [M, D], [E, D, F], [E] -> [M, F]."""
+    return _counted("rows", *x.shape, w.shape[2], implementation)(x, w, sizes)
+
+
+def grouped_weights(x: Array, dy: Array, sizes: Array, implementation: str) -> Array:
+    """Every group's x^T dy, by blocks or a kernel: [M, D], [M, F], [E] -> [E, D, F]."""
+    return _counted("weights", *x.shape, dy.shape[1], implementation)(x, dy, sizes)
+
+
+def _rows(x: Array, w: Array, sizes: Array, implementation: str) -> Array:
     if implementation != "blocks":
         return _kernel(x, w, sizes, implementation)
 
@@ -212,13 +233,10 @@ def grouped_rows(x: Array, w: Array, sizes: Array, implementation: str) -> Array
     return _over_blocks(x, sizes, room, body)[:rows]
 
 
-@partial(jax.jit, static_argnums=3, inline=False)
-def grouped_weights(x: Array, dy: Array, sizes: Array, implementation: str) -> Array:
-    """Every group's x^T dy, by blocks or a kernel: [M, D], [M, F], [E] -> [E, D, F]; counted as `grouped_rows`."""
+def _weights(x: Array, dy: Array, sizes: Array, implementation: str) -> Array:
     width = x.shape[1]
-    if (
-        implementation != "blocks"
-    ):  # the kernels have it as the gradient of their matrices, whatever those hold
+    if implementation != "blocks":
+        # The kernels have it as the gradient of their matrices, whatever those hold.
         w = jnp.zeros((sizes.shape[0], width, dy.shape[1]), x.dtype)
         return jax.vjp(lambda w: _kernel(x, w, sizes, implementation), w)[1](dy)[0]
 

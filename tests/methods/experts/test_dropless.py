@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenlab import models, tasks
 from tokenlab.core.errors import ConfigError, TokenLabError
+from tokenlab.cost import count
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.methods.experts.dropless import Dropless
 from tokenlab.ops import route
+from tokenlab.train.costs import batch_shapes
+from tokenlab.train.step import loss_and_gradients
 
 E = 3
 close = partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
@@ -148,3 +153,25 @@ def test_an_implementation_that_cannot_run_is_refused_for_any_module(plain, para
     layer = plain.clone(expert=nn.Dense(5), implementation="megablox")
     with pytest.raises(TokenLabError, match="'megablox' runs on TPU"):
         layer.init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("layer", ["dropless(experts=4)", "grin(experts=4)"])
+def test_training_counts_the_same_scanned_and_unrolled(layer):
+    """JAX cuts the grouped products of a scanned block in two; each still counts once, and again when recomputed."""
+    spec = {"image": ((8, 8, 1), "float32"), "label": ((), "int32")}
+    settings = {"name": "vit", "size": "nano/2", "stack": f"block(ffn={layer})*2"}
+    model, task = models.build(settings, spec=spec, num_outputs=5), tasks.build({"name": "classify"})
+
+    def counted(**how):
+        def apply(*args, **kwargs):
+            return model.apply(*args, **{**kwargs, **how})
+
+        run = partial(loss_and_gradients, SimpleNamespace(apply=apply), task)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return count(run, model.abstract_state(), batch_shapes(spec, 2), key).flops
+
+    plain = {how: counted(execution=how) for how in ("scan", "unroll")}
+    again = {how: counted(execution=how, remat="full") for how in ("scan", "unroll")}
+    assert plain["scan"] == plain["unroll"] and again["scan"] == again["unroll"]
+    # One of the two products of each block, at least, on two examples of 17 tokens with two choices each.
+    assert again["scan"] - plain["scan"] >= 2 * 2 * (2 * 17 * 2) * 16 * 32
