@@ -247,6 +247,30 @@ def test_causal_by_carried_positions():
     np.testing.assert_allclose(alone[:, 0], np.repeat(v[:, 0], H // G, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [1, 2, 4, 99])
+def test_a_window_hides_what_is_too_far_behind(window):
+    """Against a mask by numpy, with positions in any order and with gaps; with every other mask beside it."""
+    q, k, v, masks = draw(12)
+    query, key = masks["causal_positions"]
+    behind = query[:, :, None] - key[:, None, :]
+    seen = (behind >= 0) & (behind < window)
+    rest = {name: masks[name] for name in ("size", "valid", "segments")}
+    hidden = np.where(seen, 0, -np.inf).astype(np.float32)[:, None]
+    given = {"causal_positions": (query, key), "window": window, **rest}
+    np.testing.assert_allclose(
+        attention(q, k, v, **given), attention(q, k, v, bias=hidden, **rest), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        attention_rows(q, k, **given), attention_rows(q, k, bias=hidden, **rest), atol=1e-6
+    )
+    np.testing.assert_array_equal(visible_keys(causal_positions=(query, key), window=window)[:, 0], seen)
+    # As wide as the positions it hides nothing more than causality does.
+    wide = attention(q, k, v, causal_positions=(query, key))
+    assert np.array_equal(attention(q, k, v, causal_positions=(query, key), window=window), wide) == (
+        window > 9
+    )
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_has_float32_logits_and_softmax(dtype):
     q, k, v, masks = draw(7)
@@ -343,6 +367,12 @@ q0, k0, v0, _ = draw(0)
         ({"bias": np.zeros((H, N, M))}, ShapeError, "bias"),
         ({"bias": np.zeros((B, G, N, M))}, ShapeError, "bias"),
         ({"bias": np.zeros((B, H, N, 1))}, ShapeError, "bias"),
+        ({"window": 2}, ShapeError, "window is 2; expected at least 1, and causal_positions"),
+        (
+            {"window": 0, "causal_positions": (np.ones((B, N), int), np.ones((B, M), int))},
+            ShapeError,
+            "window is 0",
+        ),
         ({"implementation": "cuda"}, TokenLabError, "Did you mean 'cudnn'"),
     ],
 )

@@ -123,7 +123,9 @@ def predict(
             _check_finite(logits, source, split)
         speed = batch_size / float(np.median(spent[1:]))
         left_out = len(source.split(split)) - len(index)
-        results.append(Predictions(means(totals, evaluator.task), logits, features, labels, index, speed, left_out))
+        results.append(
+            Predictions(means(totals, evaluator.task), logits, features, labels, index, speed, left_out)
+        )
     return results
 
 

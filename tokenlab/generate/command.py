@@ -62,7 +62,7 @@ def run(
     generator = Generator(
         trained.model,
         jax.device_put(trained.params),
-        prompt=prompt_tokens or max(trained.model.length, longest),
+        prompt=max(trained.model.length, longest) if prompt_tokens is None else prompt_tokens,
         new=tokens,
         sampling=sampling,
         end=tokenizer.end,

@@ -178,9 +178,13 @@ class MixtureOfDepths(Item):
             aux = self.judge(params, tokens, score, indices) if context.train else Aux()
         else:
             entering = self.decision(params, tokens, score, key) & _valid(tokens)
-            # The first of those that enter, in order; what is left of the room are others, which count as padding.
+            # The first of those that enter, in order. Behind them what is left of the room are others, which count as
+            # padding: a later token then moves no earlier one to another row, where sums would round another way.
             indices = select.top_k(
-                entering.astype(jnp.float32), body.count - tokens.protected, protected=tokens.protected
+                entering.astype(jnp.float32),
+                body.count - tokens.protected,
+                protected=tokens.protected,
+                order="score",
             )
             part = carry.take(tokens, indices)
             part = part.replace(valid=gather(entering, indices) & _valid(part))
