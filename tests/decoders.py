@@ -22,14 +22,15 @@ def build(stack: str, length: int = 24, *, train: bool = False, outputs: int = V
     )
 
 
-def weights(model: Any, seed: int = 0, scale: float = 0.2) -> Any:
-    """Fresh weights, every leaf moved by noise, so that no zero or one hides a mistake."""
+def weights(model: Any, seed: int = 0, scale: float = 0.3) -> Any:
+    """Weights drawn at random, none of them zero; those of norms around one."""
     draws = np.random.default_rng(seed)
 
-    def drawn(leaf: Any) -> jax.Array:
-        return jnp.asarray(scale * draws.standard_normal(leaf.shape, np.float32))
+    def drawn(path: Any, leaf: Any) -> jax.Array:
+        around = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(around + scale * draws.standard_normal(leaf.shape), jnp.float32)
 
-    return jax.tree.map(lambda leaf: leaf + drawn(leaf), jax.jit(model.init)(jax.random.key(seed)))
+    return jax.tree_util.tree_map_with_path(drawn, model.abstract_state())
 
 
 def ids(batch: int, length: int = 24, seed: int = 0) -> jax.Array:

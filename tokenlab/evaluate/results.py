@@ -48,7 +48,8 @@ def measure(trained: Trained, split: str, probes: Sequence[str] = ()) -> dict[st
 
     Returns:
       "split", the task's metrics ("loss", "accuracy", "top5_accuracy"), "stack", "flops_per_example" (counted,
-      forward), "images_per_second", or of what else an example is (measured, see `Predictions`), "tokens_per_example" (after embedding),
+      forward), "images_per_second", or of what else an example is (measured, see `Predictions`), "tokens_per_example"
+      (after embedding),
       "tokens_out" (at the head), "examples", "parameters" and "checkpoint_step". For a task that classifies also "ece",
       "calibration" {"ece", "nll", "brier", "bins"}, "per_class" (a row a class) and "most_confused"; with probes
       "probe", {name: its result}.

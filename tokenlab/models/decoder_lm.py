@@ -172,8 +172,8 @@ class DecoderLM:
                 continue
             raise StackError(
                 f"stack: in a language model {name} {what}, so its loss would be that of a model that sees the answer: "
-                f"{self.program.stack.text!r}. Take a causal method, make it train_only, or set config.model.leaks=True "
-                "to measure it all the same."
+                f"{self.program.stack.text!r}. Take a causal method, make it train_only, or set "
+                "config.model.leaks=True to measure it all the same."
             )
 
     # ------------------------------------------------------------------------------------------ parts

@@ -22,8 +22,8 @@ class Task(Protocol):
       better: "max" or "min" of it.
       examples: what an example is called, in the plural.
 
-    A task with metrics that are no means, such as perplexity, has `derived(means) -> dict`, which makes them of those that
-    are. A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
+    A task with metrics that are no means, such as perplexity, has `derived(means) -> dict`, which makes them of those
+    that are. A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
     `classifies` True too. Evaluation then tells of calibration and of each class.
     """
 
