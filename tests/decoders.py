@@ -23,12 +23,13 @@ def build(stack: str, length: int = 24, *, train: bool = False, outputs: int = V
 
 
 def weights(model: Any, seed: int = 0, scale: float = 0.3) -> Any:
-    """Weights drawn at random, none of them zero; those of norms around one."""
+    """Weights drawn at random, none of them zero: those of norms around one, biases small."""
     draws = np.random.default_rng(seed)
 
     def drawn(path: Any, leaf: Any) -> jax.Array:
-        around = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(around + scale * draws.standard_normal(leaf.shape), jnp.float32)
+        name = path[-1].key
+        around, spread = float(name == "scale"), scale / 5 if "bias" in name else scale
+        return jnp.asarray(around + spread * draws.standard_normal(leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(drawn, model.abstract_state())
 

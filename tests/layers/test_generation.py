@@ -18,7 +18,7 @@ from tokenlab.ops.select import count
 N, P = 24, 10
 LENGTHS = np.array([10, 3, 7], np.int32)
 B = len(LENGTHS)
-LOST = "mod(keep=0.25, room=1.0)(block) + block"
+LOST = "mod(keep=0.125, room=1.0)(block) + block"
 CASES = {
     "dense": ("block*3", {}),
     "grouped heads, qk-norm, tied": ("block*2", {"num_kv_heads": 1, "qk_norm": True, "tied": True}),
@@ -32,9 +32,9 @@ CASES = {
     "mod without room": (LOST, {}),
     "mod by random": ("block + mod(keep=0.25, by=random)(block)", {}),
     "mod around several": ("block + (mod(keep=0.5, gate=tanh_scaled)(block*2) + block)*2", {}),
-    "mod in mod": ("block + mod(keep=0.5)(mod(keep=0.5, room=1.0)(block) + block*2)", {}),
+    "mod in mod": ("block + mod(keep=0.5)(mod(keep=2, room=1.0)(block) + block*2)", {}),
     # Memories of inner and outer blocks have as many rows and so lie in one stack.
-    "mod without room around mod": ("mod(keep=0.25, room=1.0)(mod(keep=1.0)(block) + block)", {}),
+    "mod without room around mod": ("mod(keep=0.125, room=1.0)(mod(keep=1.0)(block) + block)", {}),
     "mod in what is train_only": (
         "block + skip(keep=0.5, train_only=True)(mod(keep=0.25)(block) + block)",
         {},
@@ -74,8 +74,23 @@ def outcome(name, execution):
     return quick(both)(decoders.weights(model), decoders.ids(B, N))
 
 
-@pytest.mark.parametrize("execution", ["scan", "unroll"])
-@pytest.mark.parametrize("name", CASES)
+LOOPED = (
+    "dense",
+    "mod",
+    "mod in mod",
+)  # in the quick tests as loops too; compiling is nearly all of the time
+
+
+@pytest.mark.parametrize(
+    ("name", "execution"),
+    [
+        pytest.param(
+            name, execution, marks=pytest.mark.slow if execution == "scan" and name not in LOOPED else ()
+        )
+        for name in CASES
+        for execution in ("scan", "unroll")
+    ],
+)
 def test_prompts_and_steps_give_the_logits_of_the_whole_sequence(name, execution):
     """Prompts of 10, 3 and 7 tokens in one batch, then 14 steps; what routes lets some tokens in and others not."""
     whole, found, _, metrics = outcome(name, execution)
@@ -97,7 +112,7 @@ def test_tokens_without_room_are_counted(execution):
     params = jax.tree.map(lambda leaf: leaf[0], state["items"]["mod"])
     entering = step.item.decision(params, tokens, step.item.score(params, tokens), jax.random.key(0))
     seen = [int(row[: length + N - P].sum()) for row, length in zip(entering, LENGTHS, strict=True)]
-    np.testing.assert_array_equal(lost, np.maximum(np.array(seen) - N // 4, 0))
+    np.testing.assert_array_equal(lost, np.maximum(np.array(seen) - N // 8, 0))
     assert np.asarray(lost).min() > 0 and metrics["mod_left_out"][0] > 0
     _, _, none, _ = outcome("dense", execution)
     np.testing.assert_array_equal(none, 0)
@@ -220,7 +235,8 @@ def test_pruned_prompts_equal_a_dense_computation_without_what_is_pruned(stack, 
     new = 5
     model = decoders.build(stack, N, execution=execution)
     functions, state = model.generation(P, new), decoders.weights(model)
-    ids = np.asarray(decoders.ids(B, N, seed=3))
+    # Distinct in every row, as equal tokens may have equal norms, and rounding would then choose.
+    ids = np.random.default_rng(3).permuted(np.tile(np.arange(37), (B, 1)), axis=1)[:, :N]
 
     found, memory = quick(partial(follow, functions, new=new))(state, ids)
     np.testing.assert_array_equal(memory.lost, 0)

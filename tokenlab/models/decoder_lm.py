@@ -157,6 +157,7 @@ class DecoderLM:
     train: bool = True
 
     def __post_init__(self) -> None:
+        _ = self.program  # so that a wrong stack is said at once, not at the first call
         self._check_causal(generating=not self.train)
 
     def _check_causal(self, *, generating: bool) -> None:

@@ -73,7 +73,11 @@ class TokensChoice(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether a token's room depends on earlier tokens alone: first choices only, in the order of the sequence."""
+        """Whether a token's room depends on earlier tokens alone: first choices only, in the order of the sequence.
+
+        Room is made for the tokens at hand, so where a whole sequence drops some, generation, which has one at a time,
+        drops none and gives other logits.
+        """
         return self.k == 1 and not self.batch_priority
 
     def experts_per_token(self, tokens: int) -> float:
