@@ -321,7 +321,7 @@ class TestHelp:
         ("name", "words"),
         [
             ("import", " FILE.safetensors"),
-            ("data", " (list | show NAME | prepare NAME)"),
+            ("data", " (list | show NAME | show --config=FILE | ngram --config=FILE | prepare NAME)"),
             ("list", " [SECTION ...]"),
         ],
     )

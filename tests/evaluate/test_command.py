@@ -135,9 +135,10 @@ def test_several_stacks_where_one_is_wanted(trained: Any) -> None:
 
 def test_a_task_that_does_not_classify_has_its_metrics_and_no_classes(trained: Any) -> None:
     classify = evaluate.load(trained[0])
-    task = SimpleNamespace(loss=classify.task.loss, primary="loss", better="min")
+    task = SimpleNamespace(loss=classify.task.loss, primary="loss", better="min", examples="documents")
     other = replace(classify, task=task)
     found = evaluate.measure(other, "validation")
+    assert found["documents_per_second"] > 0 and "images_per_second" not in found
     assert found["loss"] == pytest.approx(evaluate.measure(classify, "validation")["loss"])
     assert not {"ece", "per_class", "calibration", "most_confused"} & found.keys()
     assert "difference" in [str(column.header) for column in tables.several([found, found], "loss").columns]

