@@ -54,11 +54,21 @@ def test_a_comparison_builds(file: Path) -> None:
     config = configs.load(file)
     comparison = configs.to_dataclass(CompareConfig, config)
     skip_without(config.base.data)
-    for arm in comparison.arms:
+    for arm in (comparison.arms[0], comparison.arms[-1]):
         changes = {key: value for key, value in arm.items() if key != "name"}
         built = experiment.build(configs.override(config.base, changes))
         assert jax.tree.leaves(built.abstract_state.params)
     assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+def test_every_arm_of_a_comparison_builds(file: Path) -> None:
+    config = configs.load(file)
+    skip_without(config.base.data)
+    for arm in configs.to_dataclass(CompareConfig, config).arms:
+        changes = {key: value for key, value in arm.items() if key != "name"}
+        assert experiment.build(configs.override(config.base, changes)).step_cost(0).model_flops > 0
 
 
 @pytest.mark.parametrize("file", [*FILES, *COMPARISONS], ids=lambda file: file.stem)

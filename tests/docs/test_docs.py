@@ -119,6 +119,7 @@ def contract(tutorial: Path, name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- the tutorial
 
 
+@pytest.mark.slow
 def test_the_method_of_the_tutorial_passes_the_contract(tutorial):
     """What the page promises: the file, its own test and the contract's, found by name alone."""
     passed = re.search(r"(\d+) passed", contract(tutorial, "cls_value"))
@@ -133,6 +134,7 @@ def test_the_feed_forward_layer_of_the_tutorial_passes_the_contract(tutorial):
     assert passed and int(passed[1]) >= 8
 
 
+@pytest.mark.slow
 def test_the_method_of_the_tutorial_is_listed(added, capsys):
     assert cli.main(["list", "scores", "methods"]) == 0
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]

@@ -145,6 +145,7 @@ def test_without_a_prompt_there_is_nothing_to_go_on_from(
         said(workdir, prompts)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
     train.run(config("vit"), tmp_path / "vit")
     with pytest.raises(
