@@ -14,7 +14,7 @@ from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.data import TextSource
 from tokenlab.data.sources import text
 
-PEPS = Path("/work/shared/data/text/peps.jsonl.xz")
+PEPS = Path(__file__).resolve().parents[4] / "shared" / "data" / "text" / "peps.jsonl.xz"
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,9 @@ def test_mistakes(here: Path, options: dict[str, Any], error: type[TokenLabError
         data.build({"name": "text", **options})
 
 
-@pytest.mark.skipif(not PEPS.exists(), reason=f"{PEPS} is not here")
+@pytest.mark.skipif(
+    not PEPS.exists(), reason="peps.jsonl.xz is not in ../shared/data/text beside the checkout"
+)
 def test_python_enhancement_proposals() -> None:
     """740 real documents, cut, packed and found again."""
     records = [json.loads(line)["text"] for line in lzma.open(PEPS, "rt", encoding="utf-8")]
