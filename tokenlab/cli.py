@@ -10,70 +10,16 @@ import dataclasses
 import json
 import os
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenlab.core import huge_pages, names
 from tokenlab.core.errors import ConfigError, NameLookupError, TokenLabError, suggest
 from tokenlab.core.files import check_writable
+from tokenlab.core.flags import PROGRAM, Arguments, Command, Flag, decimal, number, parse, usage
 
-PROGRAM = "tokenlab"
 PIPE_WIDTH = 160  # columns of a table that does not go to a terminal
-HELP_WIDTH = 118
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
-
-
-@dataclass(frozen=True)
-class Flag:
-    """`--name=VALUE`, or a switch `--name` when `value` is empty."""
-
-    name: str
-    help: str
-    value: str = ""
-    default: str | None = None
-    required: bool = False
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What was given to a command.
-
-    Attributes:
-      values: value flags by name; the default, or None, where not given.
-      switches: names of the switches that were given.
-      overrides: dotted key -> text of each `--config.key=text`.
-      words: arguments that are no flags.
-    """
-
-    values: Mapping[str, str | None]
-    switches: frozenset[str]
-    overrides: Mapping[str, str]
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: what it does, the flags it takes, and the function that does it.
-
-    Attributes:
-      run: called with the arguments; whatever it prints is the answer.
-      summary: one line for the help.
-      flags: value flags and switches.
-      overrides: takes `--config.key=value`.
-      words: the arguments that are no flags, as its usage shows them; "" when it takes none.
-      hints: flag that it does not take -> what to do instead.
-      more: further lines for its help.
-    """
-
-    run: Callable[[Arguments], None]
-    summary: str
-    flags: tuple[Flag, ...] = ()
-    overrides: bool = False
-    words: str = ""
-    hints: Mapping[str, str] = field(default_factory=dict)
-    more: str = ""
 
 
 def train(arguments: Arguments) -> None:
@@ -125,10 +71,10 @@ def generate(arguments: Arguments) -> None:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"generate: --prompts={given['prompts']} cannot be read: {error}.") from None
     whole = {
-        name: _number(f"generate: --{name}", given[name])
+        name: number(f"generate: --{name}", given[name])
         for name in ("tokens", "top-k", "prompt-tokens", "seed")
     }
-    share = {name: _decimal(f"generate: --{name}", given[name]) for name in ("temperature", "top-p")}
+    share = {name: decimal(f"generate: --{name}", given[name]) for name in ("temperature", "top-p")}
     checkpoint = _checkpoint(given["checkpoint"])
     from tokenlab.generate import run
     from tokenlab.ops.sample import Sampling
@@ -167,7 +113,7 @@ def compare(arguments: Arguments) -> None:
 def benchmark(arguments: Arguments) -> None:
     """Time a configuration or a suite beside the dense stack of as many blocks."""
     given = arguments.values
-    numbers = {name: _number(f"benchmark: --{name}", given[name]) for name in ("rounds", "batch")}
+    numbers = {name: number(f"benchmark: --{name}", given[name]) for name in ("rounds", "batch")}
     target, wanted = _writable(given["json"]), None
     if given["config"] is not None:
         from tokenlab.core import config
@@ -217,7 +163,7 @@ def cost(arguments: Arguments) -> None:
 def data(arguments: Arguments) -> None:
     """List the data sets there are, show one, count n-grams in one, or prepare one."""
     given, described = arguments.values, None
-    order = _number("data: --order", given["order"])
+    order = number("data: --order", given["order"])
     if given["config"] is not None:
         from tokenlab.core import config
 
@@ -505,77 +451,10 @@ def _run(name: str, words: Sequence[str]) -> None:
         what = "flag before a command" if name.startswith("-") else "command"
         raise NameLookupError(f"unknown {what} {name!r}.{suggest(name, [*COMMANDS, '--help', '--version'])}")
     if any(word in ("-h", "--help") for word in words):
-        print(_help_of(name))
+        print(usage(name, COMMANDS[name]))
     else:
         command = COMMANDS[name]
         command.run(parse(name, command, words))
-
-
-def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
-    """Read the words after a command's name.
-
-    A value follows its flag after "=" or as the next word; an override is always `--config.key=value`.
-
-    Raises:
-      ConfigError: an unknown flag (with the nearest), one given twice or without its value, one that is missing, or a
-        word that is no flag.
-    """
-    flags = {flag.name: flag for flag in command.flags}
-    values: dict[str, str | None] = {}
-    switches: set[str] = set()
-    overrides: dict[str, str] = {}
-    others: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            others.append(word)
-            continue
-        key, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("--config.") and command.overrides:
-            if not equals:
-                raise ConfigError(f"{name}: {word} needs a value: expected {word}=VALUE.")
-            key = key.removeprefix("config.")
-            if key in overrides:
-                raise ConfigError(f"{name}: --config.{key} is given twice.")
-            overrides[key] = value
-            continue
-        if not word.startswith("--") or key not in flags:
-            raise ConfigError(_unknown(name, command, word.partition("=")[0]))
-        if key in values or key in switches:
-            raise ConfigError(f"{name}: --{key} is given twice.")
-        if not flags[key].value:
-            if equals:
-                raise ConfigError(f"{name}: --{key} is a switch and takes no value; got {value!r}.")
-            switches.add(key)
-            continue
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-        if not value:
-            raise ConfigError(f"{name}: --{key} needs a value: expected --{key}={flags[key].value}.")
-        values[key] = value
-    if others and not command.words:
-        hint = f" Did you mean --{others[0]}?" if "=" in others[0] else ""
-        raise ConfigError(f"{name}: unexpected argument {others[0]!r}.{hint}")
-    for flag in command.flags:
-        if flag.required and flag.name not in values:
-            raise ConfigError(f"{name}: --{flag.name}={flag.value} is missing ({flag.help}).")
-        if flag.value:
-            values.setdefault(flag.name, flag.default)
-    return Arguments(values, frozenset(switches), overrides, tuple(others))
-
-
-def _unknown(name: str, command: Command, flag: str) -> str:
-    key = flag.lstrip("-")
-    for hinted, hint in command.hints.items():
-        if key == hinted:
-            return f"{name} takes no --{key}: {hint}."
-    head, dot, tail = key.partition(".")
-    if dot and command.overrides:  # --confg.steps, or --model.stack without the "config."
-        dotted = f"config.{tail}" if "mean" in suggest(head, ["config"]) else f"config.{key}"
-        return f"{name}: unknown flag {flag}. Did you mean --{dotted}?"
-    known = [*(f"--{each.name}" for each in command.flags), "--help"]
-    return f"{name}: unknown flag {flag}.{suggest(f'--{key}', known)}"
 
 
 def _writable(path: str | None) -> str | None:
@@ -583,23 +462,6 @@ def _writable(path: str | None) -> str | None:
     if path is not None:
         check_writable(path, "--json")
     return path
-
-
-def _decimal(what: str, text: str | None) -> float | None:
-    """A flag's number, or None where it was not given."""
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{what}={text} is not a number.") from None
-
-
-def _number(flag: str, text: str | None) -> int | None:
-    """A whole number, or None where none is given."""
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    raise ConfigError(f"{flag}={text}: expected a whole number.")
 
 
 def _checkpoint(text: str) -> int | str:
@@ -614,26 +476,6 @@ def _help() -> str:
     lines = [f"usage: {PROGRAM} COMMAND [flags]    ({PROGRAM} COMMAND --help says more)", ""]
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
-
-
-def _help_of(name: str) -> str:
-    command = COMMANDS[name]
-    usage, lines = [PROGRAM, name], []
-    for flag in command.flags:
-        shown = f"--{flag.name}={flag.value}" if flag.value else f"--{flag.name}"
-        usage.append(shown if flag.required else f"[{shown}]")
-        default = f" (default: {flag.default})" if flag.default is not None else ""
-        lines.append(f"  {shown:<22} {flag.help}{default}")
-    if command.overrides:
-        usage.append("[--config.KEY=VALUE ...]")
-        lines.append(f"  {'--config.KEY=VALUE':<22} replace a field of the configuration; any number of them")
-    if command.words:
-        usage.append(command.words)
-    about = f"{command.summary[0].upper()}{command.summary[1:]}."
-    usage = textwrap.wrap(
-        f"usage: {' '.join(usage)}", HELP_WIDTH, subsequent_indent="       ", break_on_hyphens=False
-    )
-    return "\n".join([*usage, "", about, "", *lines, command.more]).rstrip()
 
 
 if __name__ == "__main__":

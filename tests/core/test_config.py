@@ -270,7 +270,7 @@ class TestOverride:
             ("grid", "[4, 2]", (4, 2)),
             ("layers", "(3,)", (3,)),
             ("cache", "False", False),
-            ("cache", "/tmp/x", "/tmp/x"),
+            ("cache", "kept/here", "kept/here"),
             ("anything", "2.5", 2.5),
             ("anything", "word", "word"),
             ("optimizer.learning_rate", "1", 1.0),
