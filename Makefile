@@ -26,10 +26,10 @@ demo: env ## train and compare a dense ViT with three token-efficient ones on re
 	$(BIN)/python experiments/demo/run.py --workdir=runs/demo
 
 test: env ## the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-slow: env ## the slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 lint: env ## check style
 	$(BIN)/ruff check .
