@@ -3,6 +3,10 @@
 tokenlab train --config=configs/lm_quickstart.py --workdir=runs/lm
 tokenlab generate --workdir=runs/lm --prompt="ROMEO:"
 tokenlab data ngram --config=configs/lm_quickstart.py
+
+On two cores of a shared machine (JAX 0.10.2) its 1,500 steps took 4 minutes, evaluations and compiling included. Bits
+per byte on the validation and test split: 2.16 and 2.33; an interpolated 3-gram (Witten-Bell) has 2.88 on the former, a
+5-gram 2.27 and 2.55.
 """
 
 from ml_collections.config_dict import ConfigDict

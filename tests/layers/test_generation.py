@@ -40,6 +40,7 @@ CASES = {
         {},
     ),
     "dropless": ("block + block(ffn=dropless(experts=4))", {}),
+    "mod around experts": ("block + mod(keep=0.5)(block(ffn=dropless(experts=4)))", {}),
 }
 # Compiling is nearly all of the time, and the numbers need no optimised code.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -167,7 +167,10 @@ class Block:
     def feed(
         self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
     ) -> tuple[Tokens, Aux]:
-        """The feed-forward half, with the losses and metrics of its router, if it has one."""
+        """The feed-forward half, with the losses and metrics of its router, if it has one.
+
+        A wrapper may weigh what it adds to each token: `extra["ffn_weight"]` [B, N], float32.
+        """
         modules = self.modules()
         normed = self._normed(modules, params, "ffn", tokens.x, before=True)
         with jax.named_scope(self.ffn_name):
@@ -175,6 +178,8 @@ class Block:
             out = _apply(self.ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train)
         y, aux = out if isinstance(out, tuple) else (out, Aux())
         y = self._normed(modules, params, "ffn", y, before=False)
+        if "ffn_weight" in tokens.extra:
+            y = (y * tokens.extra["ffn_weight"][..., None]).astype(y.dtype)
         return self._residual(modules, params, "ffn", tokens, y, context, depth), aux
 
     def _residual(

@@ -1,9 +1,30 @@
-"""A gate that is exactly one in value and the score in gradient."""
+"""Gates: how much of what was done to a token counts, by its score."""
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+Gate: TypeAlias = Literal["raw", "sigmoid", "tanh_scaled", "one"]
+
+
+def weight(score: Array, gate: Gate) -> Array:
+    """g of a score, in its shape: itself, its sigmoid, 0.2 tanh(score) + 1 (p-MoD, arXiv 2412.04449), or one."""
+    return {
+        "raw": lambda r: r,
+        "sigmoid": jax.nn.sigmoid,
+        "tanh_scaled": lambda r: 0.2 * jnp.tanh(r) + 1.0,
+        "one": jnp.ones_like,
+    }[gate](score)
+
+
+def weighed(x: Array, done: Array, weight: Array) -> Array:
+    """x + weight (done - x), computed in float32, in the dtype of x. x, done: [B, K, D]; weight: [B, K]."""
+    added = done.astype(jnp.float32) - x.astype(jnp.float32)
+    return (x.astype(jnp.float32) + weight[..., None] * added).astype(x.dtype)
 
 
 def straight_through(x: Array, change: Array, gate: Array, *, protected: int = 0) -> Array:

@@ -117,6 +117,30 @@ def random_scores(key: jax.Array, batch: int, n: int) -> jax.Array:
     return jax.random.uniform(key, (batch, n), jnp.float32)
 
 
+def rank_in_groups(scores: jax.Array, group: jax.Array) -> jax.Array:
+    """The rank of each token among those of its group, 0 for the best; ties go to the lower index, NaN ranks last.
+
+    Args:
+      scores: [B, N] float, larger is better; no gradient.
+      group: [B, N] int32.
+
+    Returns: [B, N] int32.
+    """
+
+    def one(score: jax.Array, group: jax.Array) -> jax.Array:
+        place = jnp.arange(score.shape[0], dtype=jnp.int32)
+        ordered, _, order = jax.lax.sort((group, -score, place), num_keys=2, is_stable=True)
+        first = jnp.searchsorted(ordered, ordered, side="left", method="sort").astype(jnp.int32)
+        return jnp.zeros_like(place).at[order].set(place - first, unique_indices=True)
+
+    return jax.vmap(one)(jax.lax.stop_gradient(scores), group)
+
+
+def group_sizes(group: jax.Array, groups: int) -> jax.Array:
+    """Tokens in each of the groups 0..G-1; others are not counted. group: [B, N] int32 -> [B, G] int32."""
+    return jax.vmap(lambda row: jnp.zeros((groups,), jnp.int32).at[row].add(1, mode="drop"))(group)
+
+
 def check_protected(protected: int, n: int) -> None:
     """Raise TokenLabError unless `protected` is an int in 0..n."""
     if isinstance(protected, bool) or not isinstance(protected, numbers.Integral) or not 0 <= protected <= n:

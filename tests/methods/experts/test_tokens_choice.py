@@ -54,6 +54,44 @@ def test_all_experts_with_room_for_all_are_the_dense_mixture(plain, params, x, e
     close(aux.load, np.full(E, 1 / E))
 
 
+@pytest.mark.parametrize("form", ["indexed", "weighted"])
+def test_a_token_that_chooses_a_noop_is_computed_by_nobody(plain, x, weights, each_expert, form):
+    """Exact zeros of the layer, no place taken; the others as if the no-op were one more expert with nothing to say."""
+    layer = plain.clone(num_experts=2, noops=2, capacity=4.0, form=form)
+    params = weights(layer, x)
+    assert params["router"].shape[1] == 4
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(params["experts"]))
+    y, aux = apply(layer, params, x)
+    gates = np.asarray(jax.nn.softmax(x @ params["router"]))
+    choice = gates.argmax(-1)
+    made = np.concatenate([each_expert(params["experts"], x), np.zeros((2, *x.shape))])
+    rows = np.arange(3)[:, None], np.arange(7)
+    close(y, gates.max(-1)[..., None] * made[choice, *rows])
+    assert 0 < (choice >= 2).mean() < 1
+    equal(np.asarray(y)[choice >= 2], 0)
+    assert values(aux)["noop_share"] == pytest.approx((choice >= 2).mean())
+    assert values(aux)["dropped"] == 0
+    close(aux.load, [(choice == e).sum() / (choice < 2).sum() for e in range(2)])
+
+
+def test_noops_save_what_even_choices_would_send_them(plain, x):
+    """Places are those of an even spread over experts and no-ops; balance counts both, in losses and in the bias."""
+    layer = plain.clone(num_experts=2, noops=5, capacity=1.0, bias=0.1, noise=1.0, importance=1.0)
+    made = jax.eval_shape(lambda: layer.init({"params": RNGS["ffn"], "ffn": RNGS["ffn"]}, x))["params"]
+    assert made["router"].shape == (5, 7) and made["bias"].shape == (7,)
+    assert layer.experts_per_token(7) == pytest.approx(2 / 7)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), made)
+    _, aux = apply(layer, params, x)
+    assert values(aux)["capacity_factor"] == 1.0  # 1 place of 7 tokens for each of 7
+    # Without noise and with equal gates all choose the first: it is to fall, every other, no-ops too, to rise.
+    still = layer.clone(noise=0.0)
+
+    def loss(bias):
+        return still.apply({"params": {**params, "bias": bias}}, x, train=True)[1].losses["router_bias"]
+
+    close(jax.grad(loss)(params["bias"]), 0.1 * np.array([1, -1, -1, -1, -1, -1, -1]))
+
+
 @pytest.fixture(scope="module")
 def crowded(params):
     """Weights and tokens of which all prefer expert 1, token 3 most, then 0, 2, 1: the last least."""
@@ -200,7 +238,7 @@ def test_without_a_bias_there_is_none(plain, x):
     [
         *[
             ({name: -0.5}, ConfigError, f"{name} must be at least 0; got -0.5")
-            for name in ("noise", "importance", "load", "gshard", "z", "bias")
+            for name in ("noise", "importance", "load", "gshard", "z", "bias", "noops")
         ],
         ({"z": math.nan}, ConfigError, "z must be at least 0; got nan"),
         ({"load": 0.1}, ConfigError, "load loss exists only with router noise"),

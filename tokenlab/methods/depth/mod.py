@@ -40,7 +40,7 @@ from tokenlab.core.errors import TokenLabError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.item import Amount, Axes, Body, Item, Params, kept
-from tokenlab.ops import carry, select
+from tokenlab.ops import carry, gate, select
 from tokenlab.ops.gather import gather, keep_mask
 
 
@@ -60,7 +60,7 @@ class MixtureOfDepths(Item):
     """
 
     keep: Amount
-    gate: Literal["raw", "sigmoid", "tanh_scaled", "one"] = "raw"
+    gate: gate.Gate = "raw"
     by: Literal["learned", "random"] = "learned"
     decide: Literal["predictor", "router", "topk"] = "predictor"
     weight: float = 0.01
@@ -207,14 +207,9 @@ class MixtureOfDepths(Item):
         if self.gate == "one":
             y = done.x
         else:
-            weight = {
-                "raw": lambda r: r,
-                "sigmoid": jax.nn.sigmoid,
-                "tanh_scaled": lambda r: 0.2 * jnp.tanh(r) + 1.0,
-            }[self.gate](score)
-            weight = jnp.where(jnp.arange(x.shape[1]) < done.protected, 1.0, weight)[..., None]
-            added = done.x.astype(jnp.float32) - x.astype(jnp.float32)
-            y = (x.astype(jnp.float32) + weight * added).astype(x.dtype)
+            weight = gate.weight(score, self.gate)
+            weight = jnp.where(jnp.arange(x.shape[1]) < done.protected, 1.0, weight)
+            y = gate.weighed(x, done.x, weight)
         return y if done.valid is None else jnp.where(done.valid[..., None], y, x)
 
     def decision(self, params: Params, tokens: Tokens, score: Array, key: Array) -> Array:

@@ -15,6 +15,10 @@ Balance: importance and load losses (their appendix A), GShard's, the router's z
 once; or `bias`: a number an expert, added to gates for choosing only, that rises while the expert gets too little (Wang
 et al. 2024, arXiv 2408.15664). It is a parameter whose gradient is minus the sign of what is missing, so the optimizer
 moves it: under Adam by about its learning rate a step, under SGD by `bias` times that.
+
+`noops` stand among the experts and compute nothing: a token that chooses one goes on by the residual alone because the
+router said so, and not because a queue was full (integrated mixture-of-depths-and-experts, Raposo et al. 2024, arXiv
+2404.02258, section 4.4). Balance counts them as experts, so with n of them E / (E + n) of all choices are computed.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class TokensChoice(nn.Module):
       importance, load, gshard, z: weights of the losses, >= 0; `load` needs noise.
       bias: balance by a bias in place of losses; the size of its gradient, 0 for none.
       expert: what an expert is, see `tokenlab.layers.experts.bank`; None for an MLP of hidden width 4 D.
+      noops: n, experts that compute nothing, at least 0.
       shared: further experts that every token passes.
       form: "indexed" gathers, "weighted" multiplies by one-hot arrays [B, N, E, C].
       same_init: all experts begin alike.
@@ -66,6 +71,7 @@ class TokensChoice(nn.Module):
     z: float = 0.0
     bias: float = 0.0
     expert: nn.Module | None = None
+    noops: int = 0
     shared: int = 0
     form: Literal["indexed", "weighted"] = "indexed"
     same_init: bool = False
@@ -81,9 +87,9 @@ class TokensChoice(nn.Module):
         return self.k == 1 and not self.batch_priority
 
     def experts_per_token(self, tokens: int) -> float:
-        """Experts chosen by each token: K."""
+        """Experts that each token is computed by when choices are spread evenly: K E / (E + n)."""
         del tokens
-        return float(self.k)
+        return self.k * self.num_experts / (self.num_experts + self.noops)
 
     @property
     def stochastic(self) -> bool:
@@ -96,7 +102,7 @@ class TokensChoice(nn.Module):
         return banks.layer_axes(self, {"router": ("embed", None), **bias})
 
     def _check(self) -> None:
-        for name in ("noise", "importance", "load", "gshard", "z", "bias"):
+        for name in ("noise", "importance", "load", "gshard", "z", "bias", "noops"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"tokens_choice: {name} must be at least 0; got {getattr(self, name)}.")
         route.check_word("tokens_choice: form", self.form, ("indexed", "weighted"))
@@ -120,7 +126,8 @@ class TokensChoice(nn.Module):
         self._check()
         x = route.check_tokens(x, valid)
         banks.check_transport("tokens_choice", self.transport)
-        tokens, count = x.shape[1], self.num_experts
+        tokens, real = x.shape[1], self.num_experts
+        count = real + self.noops
         bank = banks.layer_bank(self, x, train=train)
         logits = banks.router_kernel(self, x, count)
         with jax.named_scope("router"):
@@ -138,26 +145,29 @@ class TokensChoice(nn.Module):
                 valid=valid,
                 rank_by=None if bias is None else gates + bias,
             )
-            plan = Indexed.of_choices(chosen, count, places, self.transport)
+            computed = chosen._replace(expert=jnp.minimum(chosen.expert, real))
+            plan = Indexed.of_choices(computed, real, places, self.transport)
         plan = plan if self.form == "indexed" else plan.weights()
         y = banks.run(self, plan, bank, x, valid, train=train)
 
         kept = chosen.place < places
-        asked = chosen.expert < count  # padding asks for nothing
+        asked = chosen.expert < real  # padding and those content with a no-op ask for nothing
         metrics = {
             "capacity_factor": jnp.float32(places * count / (tokens * self.k)),
             "dropped": 1.0 - (kept & asked).sum() / jnp.maximum(asked.sum(), 1),
             "router_entropy": route.entropy(gates, valid),
         }
         wanted = route.load(chosen.expert, count)
-        metrics["expert_load_max"] = count * wanted.max()
+        metrics["expert_load_max"] = count * wanted[:real].max()
+        if self.noops:
+            metrics["noop_share"] = wanted[real:].sum()
         losses = self._losses(logits, noisy, gates, chosen.expert, valid) if train else {}
         if bias is not None:
             missing = lax.stop_gradient(jnp.sign(1.0 / count - wanted))
             losses["router_bias"] = -self.bias * jnp.sum(
                 (bias - lax.stop_gradient(bias)) * missing
             )  # of value 0
-        load = route.load(chosen.expert, count, kept & asked)
+        load = route.load(computed.expert, real, kept & asked)
         return y, banks.report(losses, metrics, load, train=train)
 
     def _losses(
@@ -166,10 +176,9 @@ class TokensChoice(nn.Module):
         """Those with a weight, weighted."""
         found = {}
         if self.importance:
-            clean = jax.nn.softmax(logits)
-            found["importance_loss"] = self.importance * route.importance_loss(clean, valid)
+            found["importance_loss"] = self.importance * route.importance_loss(jax.nn.softmax(logits), valid)
         if self.load:
-            std = self.noise / self.num_experts
+            std = self.noise / logits.shape[-1]
             found["load_loss"] = self.load * route.load_loss(logits, noisy, self.k, std, valid)
         if self.gshard:
             found["gshard_loss"] = self.gshard * route.gshard_loss(gates, expert, valid)
@@ -184,6 +193,7 @@ ffn = banks.as_ffn(
         "block + block(ffn=tokens_choice(experts=4, k=2, capacity=0.75))",
         "block + block(ffn=tokens_choice(experts=3, batch_priority=True, bias=0.001, importance=0.0, "
         "load=0.0, form=weighted))",
+        "block + block(ffn=tokens_choice(experts=3, noops=1))",
     ),
 )
 BENCHMARK = {"8 experts": "block*6 + block(ffn=tokens_choice(experts=8, capacity=1.0))*6"}
