@@ -24,9 +24,8 @@ from flax import struct
 from jax import Array
 
 from tokenlab.core.errors import ConfigError, ShapeError, StackError, TokenLabError, suggest
-from tokenlab.core.stack import parse
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import execute, generation, program
+from tokenlab.layers import generation, program
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
 from tokenlab.layers.context import Context
@@ -36,6 +35,7 @@ from tokenlab.layers.output import Output
 from tokenlab.layers.program import BlockStep, ItemStep
 from tokenlab.layers.vocabulary import LMHead, TokenEmbed
 from tokenlab.models import Names
+from tokenlab.models.trunk import Execution, Remat, Trunk
 from tokenlab.sharding.constrain import constrain
 
 SIZES: Mapping[str, tuple[int, int, int, int, int]] = {
@@ -101,8 +101,8 @@ class DecoderLMConfig:
     window: int | None = None
     leaks: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    execution: Literal["auto", "scan", "unroll"] = "auto"
-    remat: Literal["none", "full", "dots"] = "none"
+    execution: Execution = "auto"
+    remat: Remat = "none"
     attention: Literal["xla", "cudnn"] | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class DecoderLMConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class DecoderLM:
+class DecoderLM(Trunk):
     """A decoder language model for sequences of N tokens.
 
     Attributes:
@@ -180,11 +180,6 @@ class DecoderLM:
     # ------------------------------------------------------------------------------------------ parts
 
     @property
-    def dtype(self) -> Any:
-        """Compute dtype."""
-        return jnp.dtype(self.settings.dtype)
-
-    @property
     def rows(self) -> int:
         """V of the tables: the ids, filled up to a multiple of `vocab_multiple`."""
         multiple = self.settings.vocab_multiple
@@ -201,20 +196,13 @@ class DecoderLM:
         s = self.settings
         return LMHead(self.num_outputs, self.rows, s.tied, s.norm, s.norm_eps, self.dtype)
 
-    @cached_property
-    def program(self) -> program.Program:
+    def make_program(self) -> program.Program:
         """The stack, worked out for sequences of N tokens."""
         return self._program(self.length, None)
 
     def _program(self, tokens: int, rows: int | None) -> program.Program:
         s = self.settings
         width, depth, hidden, heads, groups, head = s.dims()
-        stack = parse(s.stack if s.stack is not None else f"block*{depth}", self.stack_vars)
-        unused = sorted(set(self.stack_vars) - stack.used)
-        if unused:
-            raise StackError(
-                f"stack_vars.{unused[0]} is not used in the stack {stack.text!r}; take it out, or use it there."
-            )
         attention = Attention(
             num_heads=heads,
             num_kv_heads=groups,
@@ -240,7 +228,7 @@ class DecoderLM:
         # An ungated layer of 3/2 F has as many weights as the gated one of F.
         defaults = FFNDefaults(round(hidden * 1.5), "gelu_tanh", self.dtype, gated=hidden)
         return program.build(
-            stack,
+            self.parsed(depth),
             Names(),
             block=block,
             ffn_defaults=defaults,
@@ -258,39 +246,18 @@ class DecoderLM:
         """N."""
         return self.length
 
-    @property
-    def stack_text(self) -> str:
-        """The stack in canonical spelling, its variables replaced by numbers."""
-        return str(self.program.stack)
-
     def batch_spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what `apply` reads of a batch."""
         ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
         return {"ids": ids, "segment": ids, "position": ids}
 
-    # ------------------------------------------------------------------------------------------ weights
+    def init_embed(self, key: Array) -> dict[str, Any]:
+        """Fresh weights of the table."""
+        return self.embed.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def init(self, key: Array) -> dict[str, Any]:
-        """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "head": ...}, float32.
-
-        Block k and item j get keys that depend on `key` and their number alone, so two stacks of as many blocks start
-        from the same weights.
-        """
-        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("embed", "stack", "head"))}
-        embed = self.embed.init(keys["embed"], jnp.zeros((1, 1), jnp.int32))["params"]
-        x = jnp.zeros((1, 1, self.settings.dims()[0]))
-        head = self.head.init(keys["head"], x, embed["table"])["params"]
-        return {"embed": embed, **self.program.init(keys["stack"]), "head": head}
-
-    def abstract_state(self) -> dict[str, Any]:
-        """Shapes and dtypes of the weights, without making them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Parameter path -> logical axes of its trailing dimensions, for `tokenlab.sharding.rules`."""
-        embed = {f"embed/{path}": axes for path, axes in self.embed.axes().items()}
-        head = {f"head/{path}": axes for path, axes in self.head.axes().items()}
-        return {**embed, **self.program.axes(), **head}
+    def init_head(self, key: Array, embed: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh weights of the final norm and, untied, of the linear layer to the vocabulary."""
+        return self.head.init(key, jnp.zeros((1, 1, self.settings.dims()[0])), embed["table"])["params"]
 
     # ------------------------------------------------------------------------------------------ whole sequences
 
@@ -302,8 +269,8 @@ class DecoderLM:
         train: bool = False,
         rng: Array | None = None,
         record: bool = False,
-        execution: Literal["auto", "scan", "unroll"] | None = None,
-        remat: Literal["none", "full", "dots"] | None = None,
+        execution: Execution | None = None,
+        remat: Remat | None = None,
     ) -> Output:
         """One forward pass over whole sequences.
 
@@ -331,24 +298,9 @@ class DecoderLM:
         valid = None if segment is None else segment > 0
         tokens = self._embedded(state, ids, place, batch.get("position", place), valid)
         tokens = tokens.replace(segment=segment)
-        if self.program.merges:
-            tokens = tokens.replace(size=jnp.ones(ids.shape, jnp.float32))
-        if record:
-            tokens = tokens.replace(owner=place)
-        trace: list[execute.TracePoint] = []
-        loads: dict[str, Array] = {}
-        tokens, aux = execute.run(
-            self.program,
-            state,
-            tokens,
-            context,
-            execution=execution or self.settings.execution,
-            remat=remat or self.settings.remat,
-            trace=trace if record else None,
-            loads=loads,
-        )
-        logits, normed = self._head(state, tokens.x)
-        return Output(logits, normed, normed, aux, tuple(trace), loads, tokens.position)
+        ran = self.run(state, tokens, context, record=record, execution=execution, remat=remat)
+        logits, normed = self._head(state, ran.tokens.x)
+        return Output(logits, normed, normed, ran.aux, ran.trace, ran.loads, ran.tokens.position)
 
     def _embedded(
         self, state: Mapping[str, Any], ids: Array, place: Array, position: Array, valid: Array | None

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tokenlab.core.errors import ConfigError, ShapeError, StackError, suggest
-from tokenlab.core.stack import parse
+from tokenlab.core.errors import ConfigError, ShapeError, suggest
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import execute, program
+from tokenlab.layers import program
 from tokenlab.layers.activation import activation
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
@@ -33,6 +32,7 @@ from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.head import Head
 from tokenlab.layers.output import Output
 from tokenlab.models import Names
+from tokenlab.models.trunk import Execution, Remat, Trunk
 from tokenlab.sharding.constrain import constrain
 
 SIZES: Mapping[str, tuple[int, int, int, int]] = {
@@ -93,8 +93,8 @@ class ViTConfig:
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
-    execution: Literal["auto", "scan", "unroll"] = "auto"
-    remat: Literal["none", "full", "dots"] = "none"
+    execution: Execution = "auto"
+    remat: Remat = "none"
     attention: Literal["xla", "cudnn"] | None = None
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class ViTConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class ViT:
+class ViT(Trunk):
     """A Vision Transformer for images of one size.
 
     Attributes:
@@ -199,18 +199,10 @@ class ViT:
             self.num_outputs, self.settings.head, self.dtype, self.settings.norm_eps, self.settings.head_bias
         )
 
-    @cached_property
-    def program(self) -> program.Program:
+    def make_program(self) -> program.Program:
         """The stack, worked out for these images."""
         s = self.settings
         width, depth, hidden, heads, _ = s.dims()
-        text = s.stack if s.stack is not None else f"block*{depth}"
-        stack = parse(text, self.stack_vars)
-        unused = sorted(set(self.stack_vars) - stack.used)
-        if unused:
-            raise StackError(
-                f"stack_vars.{unused[0]} is not used in the stack {stack.text!r}; take it out, or use it there."
-            )
         attention = Attention(
             num_heads=heads,
             num_kv_heads=s.num_kv_heads,
@@ -228,7 +220,7 @@ class ViT:
             norm_eps=s.norm_eps,
         )
         return program.build(
-            stack,
+            self.parsed(depth),
             Names(),
             block=block,
             ffn_defaults=FFNDefaults(hidden, s.activation, self.dtype),
@@ -241,48 +233,23 @@ class ViT:
         )
 
     @property
-    def dtype(self) -> Any:
-        """Compute dtype."""
-        return jnp.dtype(self.settings.dtype)
-
-    @property
     def tokens_per_example(self) -> int:
         """Tokens after embedding: CLS, registers and patches."""
         return self.grid[0] * self.grid[1] + self.embed.special
-
-    @property
-    def stack_text(self) -> str:
-        """The stack in canonical spelling, its variables replaced by numbers."""
-        return str(self.program.stack)
 
     def batch_spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what `apply` reads of a batch."""
         return {"image": jax.ShapeDtypeStruct((batch, *self.image), jnp.float32)}
 
-    def init(self, key: Array) -> dict[str, Any]:
-        """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "head": ...}, float32.
+    def init_embed(self, key: Array) -> dict[str, Any]:
+        """Fresh weights of the patches' kernel, positions, CLS and registers."""
+        return self.embed.init(key, jnp.zeros((1, *self.image)))["params"]
 
-        Block k and item j get keys that depend on `key` and their number alone, so two stacks of as many blocks start
-        from the same weights.
-        """
-        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("embed", "stack", "head"))}
-        image = jnp.zeros((1, *self.image))
-        embed = self.embed.init(keys["embed"], image)["params"]
+    def init_head(self, key: Array, embed: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh weights of the final norm and the classifier."""
         width = self.settings.dims()[0]
         blank = Tokens(jnp.zeros((1, 1 + self.embed.special, width)), jnp.zeros((1, 1), jnp.int32))
-        blank = blank.replace(protected=self.embed.special)
-        head = self.head.init(keys["head"], blank)["params"]
-        return {"embed": embed, **self.program.init(keys["stack"]), "head": head}
-
-    def abstract_state(self) -> dict[str, Any]:
-        """Shapes and dtypes of the weights, without making them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Parameter path -> logical axes of its trailing dimensions, for `tokenlab.sharding.rules`."""
-        embed = {f"embed/{path}": axes for path, axes in self.embed.axes().items()}
-        head = {f"head/{path}": axes for path, axes in self.head.axes().items()}
-        return {**embed, **self.program.axes(), **head}
+        return self.head.init(key, blank.replace(protected=self.embed.special))["params"]
 
     def apply(
         self,
@@ -292,8 +259,8 @@ class ViT:
         train: bool = False,
         rng: Array | None = None,
         record: bool = False,
-        execution: Literal["auto", "scan", "unroll"] | None = None,
-        remat: Literal["none", "full", "dots"] | None = None,
+        execution: Execution | None = None,
+        remat: Remat | None = None,
     ) -> Output:
         """One forward pass.
 
@@ -319,27 +286,10 @@ class ViT:
         with jax.named_scope("embed"):
             tokens = self.embed.apply({"params": state["embed"]}, image)
             tokens = tokens.replace(x=constrain(tokens.x, "batch", None, None))
-        # Every leaf the stack will need exists before its first scan.
-        if self.program.merges:
-            tokens = tokens.replace(size=jnp.ones(tokens.position.shape, jnp.float32))
-        if record:
-            tokens = tokens.replace(owner=tokens.position)
-        trace: list[execute.TracePoint] = []
-        loads: dict[str, Array] = {}
-        tokens, aux = execute.run(
-            self.program,
-            state,
-            tokens,
-            context,
-            drop_path=self.settings.drop_path,
-            execution=execution or self.settings.execution,
-            remat=remat or self.settings.remat,
-            trace=trace if record else None,
-            loads=loads,
-        )
+        ran = self.run(state, tokens, context, record=record, execution=execution, remat=remat)
         with jax.named_scope("head"):
-            logits, features, normed = self.head.apply({"params": state["head"]}, tokens)
-        return Output(logits, features, normed, aux, tuple(trace), loads)
+            logits, features, normed = self.head.apply({"params": state["head"]}, ran.tokens)
+        return Output(logits, features, normed, ran.aux, ran.trace, ran.loads)
 
 
 Config = ViTConfig

@@ -122,7 +122,7 @@ def test_tokens_that_are_not_kept_come_out_as_they_went_in():
 
 @pytest.mark.parametrize("frame", range(T))
 def test_frames_to_come_change_nothing(frame):
-    """What stands before the end of a frame comes out the same to the last bit, whatever follows: streaming is exact."""
+    """What stands before the end of a frame comes out the same to the last bit, whatever follows."""
     state, run = routed("keep=2, frames=3, per_frame=5", "block*2")
     end = np.flatnonzero(frame == FRAME)[-1] + 1
     x = features()

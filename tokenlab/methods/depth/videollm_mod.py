@@ -18,7 +18,7 @@ while a video streams is what was kept in training. Between full blocks: `(block
 Which tokens are frames: `Tokens.extra["frame"]` [B, N] int32 gives each its frame, 0..T-1 in the order of the sequence,
 and -1 for text. Without it all unprotected tokens are T frames of equal size, as in a video without words.
 
-The paper gives neither g nor what happens to positions; tokens keep theirs, and g is a choice. Its public relative p-MoD
+The paper gives neither g nor what happens to positions; tokens keep theirs, and g is a choice. Its relative p-MoD
 (arXiv 2412.04449) is `gate=tanh_scaled, bias=True, on=ffn, skip=scaled, always=none`, and lets the keep ratio fall with
 depth, see `keep_ratios`.
 """
@@ -74,7 +74,7 @@ class VideoMixtureOfDepths(Item):
     identity: ClassVar[str] = "block + videollm_mod(keep=1.0, frames=4, gate=one)(block)"
     examples: ClassVar[tuple[str, ...]] = (
         "block + videollm_mod(keep=0.5, frames=4)(block) + block",
-        "videollm_mod(keep=2, frames=2, always=both, gate=tanh_scaled, on=ffn, skip=scaled, bias=True)(block*2) + block",
+        "videollm_mod(keep=2, frames=2, always=both, gate=tanh_scaled, on=ffn, skip=scaled, bias=True)(block) + block",
         "block + videollm_mod(keep=0.25, frames=4, by=uniform)(block) + block",
     )
 

@@ -1,0 +1,155 @@
+"""What every model over a stack has in common: its weights, how a stack's text becomes a program, and running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokenlab.core.errors import StackError
+from tokenlab.core.stack import Stack, parse
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers import execute, program
+from tokenlab.layers.context import Aux, Context
+
+Execution = Literal["auto", "scan", "unroll"]
+Remat = Literal["none", "full", "dots"]
+
+
+class Ran(NamedTuple):
+    """What running a stack gives.
+
+    Attributes:
+      tokens: behind the last block.
+      aux: losses and metrics of what the stack holds.
+      trace: the tokens at every reduction, where they were recorded.
+      loads: the load of experts by block, where it was recorded.
+    """
+
+    tokens: Tokens
+    aux: Aux
+    trace: tuple[execute.TracePoint, ...]
+    loads: dict[str, Array]
+
+
+class Trunk:
+    """The base of models: an embedding, a stack, a head.
+
+    A subclass has the attributes `settings` (with `stack`, `dtype`, `execution`, `remat`), `stack_vars`, `train`, the
+    properties `embed` and `head`, modules that say their `axes()`, and the methods below that raise here.
+    """
+
+    settings: Any
+    stack_vars: Mapping[str, int | float]
+    train: bool
+    embed: Any
+    head: Any
+
+    # ------------------------------------------------------------------------------------------ what a model defines
+
+    def make_program(self) -> program.Program:
+        """The stack, worked out for the examples the model was built for."""
+        raise TypeError(f"{type(self).__name__} does not define make_program.")
+
+    def init_embed(self, key: Array) -> dict[str, Any]:
+        """Fresh weights of the embedding."""
+        raise TypeError(f"{type(self).__name__} does not define init_embed.")
+
+    def init_head(self, key: Array, embed: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh weights of the head; `embed` are those of the embedding."""
+        raise TypeError(f"{type(self).__name__} does not define init_head.")
+
+    # ------------------------------------------------------------------------------------------ the stack
+
+    @cached_property
+    def program(self) -> program.Program:
+        """The stack, worked out for the examples the model was built for."""
+        return self.make_program()
+
+    @property
+    def dtype(self) -> Any:
+        """Compute dtype."""
+        return jnp.dtype(self.settings.dtype)
+
+    @property
+    def stack_text(self) -> str:
+        """The stack in canonical spelling, its variables replaced by numbers."""
+        return str(self.program.stack)
+
+    def parsed(self, depth: int) -> Stack:
+        """The settings' stack, or `depth` blocks. Raises StackError for a variable that it does not use."""
+        text = self.settings.stack if self.settings.stack is not None else f"block*{depth}"
+        stack = parse(text, self.stack_vars)
+        unused = sorted(set(self.stack_vars) - stack.used)
+        if unused:
+            raise StackError(
+                f"stack_vars.{unused[0]} is not used in the stack {stack.text!r}; take it out, or use it there."
+            )
+        return stack
+
+    def run(
+        self,
+        state: Mapping[str, Any],
+        tokens: Tokens,
+        context: Context,
+        *,
+        record: bool = False,
+        execution: Execution | None = None,
+        remat: Remat | None = None,
+    ) -> Ran:
+        """Run the stack on what was embedded.
+
+        Args:
+          state: weights, see `init`.
+          tokens: [B, N, ...].
+          context: of this step.
+          record: collect the tokens at every reduction, and the load of experts (unrolls the stack).
+          execution, remat: in place of the settings'.
+        """
+        # Every leaf the stack will need exists before its first scan.
+        shape = tokens.position.shape
+        if self.program.merges:
+            tokens = tokens.replace(size=jnp.ones(shape, jnp.float32))
+        if record:
+            tokens = tokens.replace(owner=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape))
+        trace: list[execute.TracePoint] = []
+        loads: dict[str, Array] = {}
+        tokens, aux = execute.run(
+            self.program,
+            state,
+            tokens,
+            context,
+            drop_path=getattr(self.settings, "drop_path", 0.0),
+            execution=execution or self.settings.execution,
+            remat=remat or self.settings.remat,
+            trace=trace if record else None,
+            loads=loads,
+        )
+        return Ran(tokens, aux, tuple(trace), loads)
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "head": ...}, float32.
+
+        Block k and item j get keys that depend on `key` and their number alone, so two stacks of as many blocks start
+        from the same weights.
+        """
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("embed", "stack", "head"))}
+        embed = self.init_embed(keys["embed"])
+        head = self.init_head(keys["head"], embed)
+        return {"embed": embed, **self.program.init(keys["stack"]), "head": head}
+
+    def abstract_state(self) -> dict[str, Any]:
+        """Shapes and dtypes of the weights, without making them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Parameter path -> logical axes of its trailing dimensions, for `tokenlab.sharding.rules`."""
+        embed = {f"embed/{path}": axes for path, axes in self.embed.axes().items()}
+        head = {f"head/{path}": axes for path, axes in self.head.axes().items()}
+        return {**embed, **self.program.axes(), **head}
