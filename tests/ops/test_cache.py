@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokenlab.core.errors import ShapeError
 from tokenlab.ops.attention import attention
-from tokenlab.ops.cache import EMPTY, KVCache
+from tokenlab.ops.cache import EMPTY, KVCache, Stacked
 
 B, M, G, DH = 3, 7, 2, 4
 
@@ -26,7 +28,9 @@ def as_lists(cache):
     """What each example holds: a list of (position, key, value)."""
     rows = []
     for b, used in enumerate(np.asarray(cache.used)):
-        rows.append([(int(cache.position[b, i]), cache.key[b, i], cache.value[b, i]) for i in range(used)])
+        rows.append(
+            [(int(cache.position[b, i]), cache.key[b, :, i], cache.value[b, :, i]) for i in range(used)]
+        )
     return rows
 
 
@@ -52,7 +56,7 @@ def test_insert_appends_as_to_a_list_until_the_rows_are_full(seed, counts):
             jax.tree.map(np.testing.assert_array_equal, one, other)
     for b, rows in enumerate(wanted):
         np.testing.assert_array_equal(cache.position[b, len(rows) :], EMPTY)
-        np.testing.assert_array_equal(cache.key[b, len(rows) :], 0)
+        np.testing.assert_array_equal(cache.key[b, :, len(rows) :], 0)
 
 
 def test_without_valid_all_are_kept():
@@ -88,7 +92,8 @@ def test_a_causal_mask_hides_the_empty_rows():
     cache = loud.insert(key, value, position, valid)
     query = rng.standard_normal((B, 1, G, DH)).astype(np.float32)
     now = np.full((B, 1), 2**30, np.int32)
-    found = attention(query, cache.key, cache.value, causal_positions=(now, cache.position))
+    keys, values = (jnp.moveaxis(held, 1, 2) for held in (cache.key, cache.value))
+    found = attention(query, keys, values, causal_positions=(now, cache.position))
     for b in range(B):
         own = valid[b]
         expected = attention(query[b : b + 1], key[b : b + 1, own], value[b : b + 1, own])
@@ -99,7 +104,37 @@ def test_keys_are_cast_to_the_dtype_of_the_cache():
     key, value, position, _ = draw(np.random.default_rng(3), 2)
     cache = KVCache.empty(B, M, G, DH, jnp.bfloat16).insert(key, value, position)
     assert cache.key.dtype == cache.value.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(cache.key[:, :2], key.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(cache.key[:, :, :2], np.moveaxis(key, 1, 2).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_layer_in_a_stack_is_filled_as_a_cache_of_its_own(count):
+    """Whichever layer, known when traced or not; the others stay as they are."""
+    rng = np.random.default_rng(4)
+    apart = [KVCache.empty(B, M, G, DH, jnp.bfloat16).insert(*draw(rng, 2)) for _ in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart)
+    insert = jax.jit(lambda stack, at, *new: Stacked(stack, at).insert(*new).stack)
+    for at in (0, 2, 1, 1, 1, 1):
+        new = draw(rng, count)
+        apart[at] = apart[at].insert(*new)
+        stack = insert(stack, at, *new)
+        wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart)
+        jax.tree.map(np.testing.assert_array_equal, stack, wanted)
+        view = Stacked(stack, at)
+        for name in ("key", "value", "position"):
+            np.testing.assert_array_equal(getattr(view, name), getattr(apart[at], name))
+    assert count == 1 or np.asarray(stack.lost).any()
+
+
+def test_a_layer_in_a_stack_keeps_its_batch_where_it_is():
+    """Over devices no key moves: each writes the rows of its own examples."""
+    mesh = jax.make_mesh((3,), ("data",), devices=jax.devices()[:3])
+    sharded = jax.NamedSharding(mesh, jax.P(None, "data"))
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), KVCache.empty(B, M, G, DH))
+    stack = jax.device_put(stack, sharded)
+    new = jax.device_put(draw(np.random.default_rng(5), 1), jax.NamedSharding(mesh, jax.P("data")))
+    program = jax.jit(lambda stack, new: Stacked(stack, 1).insert(*new).stack).lower(stack, new).compile()
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", program.as_text())
 
 
 @pytest.mark.parametrize(
@@ -119,3 +154,6 @@ def test_shapes_that_do_not_fit_are_refused(change):
     }
     with pytest.raises(ShapeError, match=r"do not fit; expected \[B, N, G, Dh\] and \[B, N\]"):
         KVCache.empty(B, M, G, DH).insert(**(given | change))
+    stack = jax.tree.map(lambda leaf: leaf[None], KVCache.empty(B, M, G, DH))
+    with pytest.raises(ShapeError, match="do not fit"):
+        Stacked(stack, 0).insert(**(given | change))

@@ -14,7 +14,7 @@ from tokenlab.core.errors import ShapeError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.norm import NormName
 from tokenlab.ops import attention as ops
-from tokenlab.ops.cache import KVCache
+from tokenlab.ops.cache import KVCache, Stacked
 from tokenlab.ops.position import rope
 
 
@@ -118,9 +118,9 @@ class Attention(nn.Module):
         valid: Array | None = None,
         position: Array | None = None,
         segment: Array | None = None,
-        memory: KVCache | None = None,
+        memory: KVCache | Stacked | None = None,
         projections: bool = False,
-    ) -> Array | tuple[Array, Projections] | tuple[Array, KVCache]:
+    ) -> Array | tuple[Array, Projections] | tuple[Array, KVCache | Stacked]:
         """Mix tokens.
 
         Args:
@@ -174,7 +174,9 @@ class Attention(nn.Module):
             keys, values = key, value
             if memory is not None:
                 memory = memory.insert(key, value, position, valid)
-                keys, values = memory.key.astype(key.dtype), memory.value.astype(value.dtype)
+                keys, values = (
+                    jnp.moveaxis(held, 1, 2).astype(key.dtype) for held in (memory.key, memory.value)
+                )
                 masks = {"causal_positions": (position, memory.position), "window": self.window}
             elif self.causal:
                 masks |= {"causal_positions": (position, position), "window": self.window}

@@ -22,7 +22,7 @@ from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Attention, Projections, Reading
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.norm import NORMS, NormName
-from tokenlab.ops.cache import KVCache
+from tokenlab.ops.cache import KVCache, Stacked
 from tokenlab.sharding.constrain import constrain
 
 
@@ -119,9 +119,9 @@ class Block:
         tokens: Tokens,
         context: Context,
         depth: Depth,
-        memory: KVCache,
+        memory: KVCache | Stacked,
         readings: Mapping[str, Reading] | None = None,
-    ) -> tuple[Tokens, KVCache, dict[str, Array]]:
+    ) -> tuple[Tokens, KVCache | Stacked, dict[str, Array]]:
         """The attention half in generation, and the memory with these tokens in it.
 
         With `context.mode` "prefill" the tokens see each other, and the memory must be empty; with "step" they see what
@@ -139,7 +139,7 @@ class Block:
 
     def _mix(
         self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth, **how: Any
-    ) -> tuple[Tokens, Projections | KVCache]:
+    ) -> tuple[Tokens, Projections | KVCache | Stacked]:
         modules = self.modules()
         facts = {"coords": tokens.coords, "size": tokens.size, "valid": tokens.valid}
         if self.attention.causal:

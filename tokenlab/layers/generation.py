@@ -31,7 +31,7 @@ from tokenlab.layers.program import (
     memory_kind,
     total_uses,
 )
-from tokenlab.ops.cache import KVCache
+from tokenlab.ops.cache import KVCache, Stacked
 from tokenlab.sharding.constrain import constrain
 
 Layers: TypeAlias = Mapping[str, Any]
@@ -152,10 +152,13 @@ class _Walk:
         kind = memory_kind(step.rows)
         name, at = _name(kind), places.get(kind, 0)
         with jax.named_scope(step.name):
+            held = memories[name]
+            own = held[at] if isinstance(held, tuple) else Stacked(held, at)
             tokens, memory, readings = step.block.remember(
-                params, tokens, self.context, depth, _take(memories[name], at), dict(step.reads)
+                params, tokens, self.context, depth, own, dict(step.reads)
             )
-            memories = {**memories, name: _put(memories[name], at, memory)}
+            held = _put(held, at, memory) if isinstance(held, tuple) else memory.stack
+            memories = {**memories, name: held}
             if step.between:
                 tokens, memories = self.item(step.between, places, tokens, memories, readings)
             tokens, _ = step.block.feed(params, tokens, self.context, depth)
