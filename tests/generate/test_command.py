@@ -183,3 +183,58 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: Any) -> None
         assert cli.main(["generate", f"--workdir={folder}", "--prompt=A"]) != 0
         out, err = capsys.readouterr()
         assert out == "" and says in err and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on text with a vocabulary trained on it: its workdir and the file."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"to be or not to be, {i}" for i in range(99)), encoding="utf-8"
+    )
+    given = {
+        "name": "text",
+        "files": (str(folder / "text.txt"),),
+        "split_on": "\n\n",
+        "tokenizer": "bpe(270)",
+    }
+    wanted = config("decoder_lm")
+    wanted.data = train.default_config(model="decoder_lm", task="next_token", data="shakespeare").data
+    with wanted.unlocked():
+        wanted.data.update(**given, length=LENGTH)
+    train.run(wanted, folder / "run")
+    return folder / "run", folder / "text.txt"
+
+
+def test_the_vocabulary_stays_with_the_run(words: tuple[Path, Path], tmp_path: Path) -> None:
+    """Other text, of which another vocabulary of the same size would be made, changes no id; no text is needed."""
+    workdir, file = words
+    before, ids = said(workdir, ["to be"])[0], load(workdir).source.tokenizer.encode("to be or not")
+    text = file.read_text(encoding="utf-8")
+    try:
+        file.write_text("\n\n".join(f"whether tis nobler {i}" for i in range(99)), encoding="utf-8")
+        np.testing.assert_array_equal(load(workdir).source.tokenizer.encode("to be or not"), ids)
+        file.unlink()
+        assert said(workdir, ["to be"])[0] == before
+    finally:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="the weights know one vocabulary, which the run keeps"):
+        said(workdir, ["to be"], overrides={"data.tokenizer": "bpe(280)"})
+
+
+def test_what_found_no_room_is_told(workdir: Path, capsys: Any) -> None:
+    """A stack whose memory holds one token of all that want in: the text is another, and it is said so."""
+    prompts = ["ROMEO: but soft"] * 12  # each row draws for itself
+    for keep, note in ((0.08, True), (1.0, False)):
+        stack = f"block + mod(keep={keep}, by=random, gate=one, room=1.0)(block)"
+        said(workdir, prompts, overrides={"eval.stack": stack})
+        assert ("found no room in it" in capsys.readouterr().err) == note
+
+
+@pytest.mark.parametrize(
+    "given", ["--seed=9223372036854775808", "--tokens=3000000000", "--prompt-tokens=99999999999"]
+)
+def test_numbers_that_are_too_large_are_refused_in_a_line(workdir: Path, capsys: Any, given: str) -> None:
+    assert cli.main(["generate", f"--workdir={workdir}", "--prompt=A", given]) == cli.EXIT_ERROR
+    out, err = capsys.readouterr()
+    assert out == "" and "expected" in err and err.count("\n") == 1

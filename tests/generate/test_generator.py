@@ -135,6 +135,26 @@ def test_prompts_that_make_no_sense_are_refused(prompts, says):
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("prompt", [np.array([1.7, 2.2]), np.array([np.nan]), np.ones((1, 3), int), "to be"])
+def test_what_is_no_row_of_ids_is_refused(prompt):
+    with pytest.raises(TokenLabError, match=r"prompt 0 is .*; expected ids, int \[T\]"):
+        generator(sampling=GREEDY)([prompt])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
+def test_seeds_that_make_no_sense_are_refused(seed):
+    with pytest.raises(TokenLabError, match="seed is .*; expected a whole number from 0 to 4294967295"):
+        generator(sampling=GREEDY)(PROMPTS, seed=seed)
+
+
+def test_tokens_that_found_no_room_are_counted():
+    for keep, some in (("1", True), ("1.0", False)):
+        full = decoders.build(f"block + mod(keep={keep}, room=1.0)(block)", P + NEW)
+        each = Generator(full, state(), prompt=P, new=NEW)
+        each(PROMPTS)
+        assert (each.lost > 0) == some
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -142,6 +162,7 @@ def test_prompts_that_make_no_sense_are_refused(prompts, says):
         ({"chunk": True}, "chunk is True"),
         ({"new": 0}, "new is 0; expected a number of tokens >= 1"),
         ({"prompt": 0}, "prompt is 0; expected a number of tokens >= 1"),
+        ({"new": 2**24}, "expected at most 16777216 together"),
     ],
 )
 def test_counts_that_make_no_sense_are_refused(given, says):

@@ -13,7 +13,7 @@ import pytest
 from tests import decoders
 from tokenlab import models
 from tokenlab.core.errors import ConfigError, ShapeError, StackError
-from tokenlab.models.decoder_lm import SIZES
+from tokenlab.models.decoder_lm import SIZES, DecoderLMConfig
 
 N, B, V = 24, 3, decoders.VOCABULARY
 KEY = jax.random.key(0)
@@ -171,8 +171,9 @@ def test_rows_that_only_fill_the_table_never_win(tied):
 
 def test_an_id_outside_the_table_shows_as_nan():
     _, state, logits = ready("block")
-    found = logits(state, {"ids": decoders.ids(B, N).at[1, 4].set(V)})
-    assert np.isnan(found[1, 4:]).all() and np.isfinite(found[0]).all() and np.isfinite(found[2]).all()
+    for outside in (V, -1, -V):
+        found = logits(state, {"ids": decoders.ids(B, N).at[1, 4].set(outside)})
+        assert np.isnan(found[1, 4:]).all() and np.isfinite(found[0]).all() and np.isfinite(found[2]).all()
 
 
 # ---------------------------------------------------------------------------------------------- ways of running
@@ -296,6 +297,10 @@ def test_weights_belong_to_blocks_whatever_wraps_them():
         ("block + keep(0.5, by=norm) + block", "keep chooses tokens by what comes after them"),
         ("block + skip(keep=0.5, by=norm)(block)", "skip chooses tokens by what comes after them"),
         ("block + merge(2) + block", "merge chooses tokens by what comes after them"),
+        (
+            "block + mod(keep=0.5)(skip(keep=0.5, by=random)(block) + block)",
+            "skip ranks the tokens that mod lets in",
+        ),
         ("block + mod(keep=4, decide=topk)(block)", "mod chooses tokens by what comes after them"),
     ],
 )
@@ -376,3 +381,9 @@ def test_what_is_wrong_with_a_stack_is_said_when_the_model_is_built_leaks_or_not
     for leaks in (False, True):
         with pytest.raises(StackError, match="reads the CLS token, and this model has none"):
             decoders.build("block + keep(0.5, by=cls) + block", N, leaks=leaks)
+
+
+def test_another_number_of_heads_keeps_a_key_head_for_each():
+    """Where the size has as many; a size of fewer key heads keeps those."""
+    assert DecoderLMConfig(size="nano", num_heads=8).dims()[3:5] == (8, 8)
+    assert DecoderLMConfig(size="nano", num_heads=8, num_kv_heads=2).dims()[3:5] == (8, 2)

@@ -93,6 +93,13 @@ def test_the_key_decides():
     assert (np.asarray(first) != other).any()
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-300])
+def test_next_to_no_temperature_is_greedy(temperature):
+    logits = np.array([[0.1, 3, 2, -1, 0], [-5, -7, -6, -9, -8]], np.float32)
+    found = sample(logits, jax.random.key(0), Sampling(temperature, top_k=3, top_p=0.9))
+    np.testing.assert_array_equal(found, [1, 0])
+
+
 def test_low_precision_logits_are_read_in_float32():
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((1, V)), jnp.bfloat16)
     found = allowed(logits, Sampling(0.37))
@@ -108,6 +115,8 @@ def test_low_precision_logits_are_read_in_float32():
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0; expected a number of tokens >= 1"),
         ({"top_k": True}, "top_k is True"),
+        ({"temperature": "1"}, "temperature is '1'; expected a number"),
+        ({"top_p": "0.5"}, "top_p is '0.5'; expected a number"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_p": 0.0}, "top_p is 0.0; expected a probability in (0, 1]"),
         ({"top_p": 1.1}, "top_p is 1.1"),

@@ -27,7 +27,7 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None)
         (0.5, 7, 4),  # 3.5: ties go up
         (0.145, 100, 15),  # 14.5 as written, 14.499999999999998 in binary
         (0.7, 16, 11),
-        (0.001, 10, 1),  # never nothing
+        (0.05, 10, 1),
         (np.float64(0.25), 64, 16),
     ],
 )

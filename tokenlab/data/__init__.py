@@ -21,7 +21,7 @@ from tokenlab.data.source import (
     check_name,
 )
 from tokenlab.data.splits import sliced
-from tokenlab.data.text import TextConfig, TextSource, Tokenizer
+from tokenlab.data.text import TextConfig, TextSource, Tokenizer, Vocabulary
 from tokenlab.data.transform import Transform
 
 __all__ = [
@@ -39,12 +39,14 @@ __all__ = [
     "Tokenizer",
     "TrainStream",
     "Transform",
+    "Vocabulary",
     "build",
     "eval_batches",
     "num_eval_batches",
     "resolve",
     "sliced",
     "source_of",
+    "without_examples",
 ]
 
 SOURCES = "tokenlab.data.sources"
@@ -72,6 +74,19 @@ def source_of(config: Mapping[str, Any]) -> Source:
     resolved = resolve(config)
     source: Source = names.find_attr(SOURCES, resolved.name, "build")(resolved)
     return sliced(source, resolved.splits)
+
+
+def without_examples(config: Mapping[str, Any]) -> Any:
+    """What a model must know of the data: of text `name`, `spec`, `tokenizer` and `vocab_size`, and no file is read.
+
+    Other data, and text whose tokenizer is yet to be trained on it, are built.
+
+    Raises: as `build`.
+    """
+    resolved = resolve(config)
+    if isinstance(resolved, TextConfig) and not resolved.tokenizer.startswith("bpe("):
+        return Vocabulary(resolved)
+    return build(config)
 
 
 def build(config: Mapping[str, Any]) -> Dataset:

@@ -12,13 +12,14 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.core.stack import Span, fail, parse
 from tokenlab.train import schedule
 from tokenlab.train.config import TrainConfig
-from tokenlab.train.records import read_config
+from tokenlab.train.records import TOKENIZER, read_config
 
 MAY_CHANGE = (
     "model.stack",
     "model.execution",
     "model.dtype",
     "model.attention",
+    "model.leaks",
     "model.position_grid",
     "eval.stack",
     "eval.batch_size",
@@ -37,6 +38,7 @@ _WHY_NOT = {
     "eval.final_split": "give --split instead",
     "data.transform": "it is done to training images; give config.data.eval_transform",
     "data.workers": "they make training batches",
+    "data.tokenizer": "the weights know one vocabulary, which the run keeps as tokenizer.json in its workdir",
 }
 
 
@@ -90,6 +92,8 @@ def read(workdir: str | Path, overrides: Mapping[str, Any]) -> Settings:
         raise ConfigError(
             "config.model.stack and config.eval.stack are both given: at evaluation they mean the same, give one."
         )
+    if (kept := Path(workdir) / TOKENIZER).is_file():
+        config.data.tokenizer = str(kept)
     config.data.transform = config.data.eval_transform  # of training images, which nobody makes here
     checked = to_dataclass(TrainConfig, config)
     chosen = checked.model.get("stack")

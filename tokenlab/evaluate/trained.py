@@ -40,21 +40,29 @@ class Trained:
 
 
 def load(
-    workdir: str | Path, overrides: Mapping[str, Any] | None = None, checkpoint: Which = "latest"
+    workdir: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    checkpoint: Which = "latest",
+    *,
+    examples: bool = True,
 ) -> Trained:
     """The trained model of a workdir under one stack; see `load_each`, which this calls.
 
     Raises:
       ConfigError: several stacks are given; and what `load_each` raises.
     """
-    found = load_each(workdir, overrides, checkpoint)
+    found = load_each(workdir, overrides, checkpoint, examples=examples)
     if len(found) > 1:
         raise ConfigError(f"config.eval.stack holds {len(found)} stacks: expected one here.")
     return found[0]
 
 
 def load_each(
-    workdir: str | Path, overrides: Mapping[str, Any] | None = None, checkpoint: Which = "latest"
+    workdir: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    checkpoint: Which = "latest",
+    *,
+    examples: bool = True,
 ) -> tuple[Trained, ...]:
     """The trained model of a workdir under each stack that is asked for; checkpoint and data are opened once.
 
@@ -65,6 +73,8 @@ def load_each(
       overrides: dotted key -> text or value; see `settings.MAY_CHANGE`. "eval.stack" may hold several stacks with ";"
         between them.
       checkpoint: "latest", "best" or a step.
+      examples: False where no example is read: of text the source then has its vocabulary only, and its files may be
+        gone.
 
     Returns:
       An entry a stack, in their order; parameters that several use are the same arrays.
@@ -76,7 +86,8 @@ def load_each(
     workdir = Path(workdir)
     chosen = settings.read(workdir, overrides or {})
     config = chosen.config
-    task, source = tasks.build(config.task), data.build(config.data)
+    task = tasks.build(config.task)
+    source = data.build(config.data) if examples else data.without_examples(config.data)
     if not (workdir / "checkpoints").is_dir():
         raise CheckpointError(f"{workdir} holds no checkpoints yet: train it first, or give another workdir.")
     params, meta = evaluation_params(workdir, checkpoint)

@@ -13,7 +13,7 @@ import jax
 from tokenlab.core.errors import ConfigError
 from tokenlab.data.text.tokenizer import Decoder
 from tokenlab.evaluate.trained import Trained, load
-from tokenlab.generate.generator import Generator
+from tokenlab.generate.generator import Generator, check_seed
 from tokenlab.models.decoder_lm import DecoderLM
 from tokenlab.ops.sample import Sampling
 from tokenlab.train import compilation
@@ -53,7 +53,7 @@ def run(
       ConfigError: the run is of no language model.
       TokenLabError: as `tokenlab.evaluate.trained.load` and `Generator`.
     """
-    trained = load(workdir, overrides, checkpoint)
+    trained = load(workdir, overrides, checkpoint, examples=False)
     tokenizer = _tokenizer(trained)
     compilation.use_cache(trained.config.compilation_cache)
     file = file or sys.stdout
@@ -67,7 +67,8 @@ def run(
         sampling=sampling,
         end=tokenizer.end,
     )
-    generator.padded(encoded)  # what is wrong with a prompt is said before anything is printed
+    generator.padded(encoded)  # what is wrong is said before anything is printed
+    check_seed(seed)
     for note in trained.notes:
         print(note, file=sys.stderr)
     decoders = [Decoder(tokenizer) for _ in encoded]
@@ -93,6 +94,12 @@ def run(
             print(f"--- {row}\n{text}", file=file)
     seconds = time.perf_counter() - begun
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    if generator.lost:
+        print(
+            f"{generator.lost} tokens wanted into a layer and found no room in it, so the text is not what the whole "
+            "sequence would give: raise room=, or give keep= as a fraction, in --config.eval.stack",
+            file=sys.stderr,
+        )
     return texts
 
 

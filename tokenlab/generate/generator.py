@@ -66,6 +66,8 @@ class Generator:
         self.functions = model.generation(prompt, new)
         self.sampling, self.end, self.chunk = sampling or Sampling(), end, min(chunk, new)
         self._params = params
+        self.lost = 0
+        """Tokens that some layer had no room for, the most of any example, since `stream` last began."""
         self.traces = {"prefill": 0, "steps": 0}
         """How often each function was traced; it stays at one a batch size."""
 
@@ -86,16 +88,18 @@ class Generator:
           tokens.
 
         Raises:
-          TokenLabError: no prompt, an empty one, one longer than P, or ids outside the vocabulary.
+          TokenLabError: no prompt, an empty one, one longer than P, what is no row of ids, ids outside the vocabulary,
+            or a seed that is no whole number of 32 bits.
         """
         ids, length = self.padded(prompts)
-        key = jax.random.key(seed)
+        key, self.lost = jax.random.key(check_seed(seed)), 0
         going = self._start(self.weights, ids, length, key)
         left = self.functions.new
         while left > 0:
             tokens, going = self._more(self.weights, going, key)
             tokens = np.asarray(tokens).T[:, :left]
             left -= tokens.shape[1]
+            self.lost = int(going.memory.lost.max())
             yield tokens
             if self.end is not None and bool((tokens[:, -1] == self.end).all()):
                 return
@@ -107,8 +111,15 @@ class Generator:
     def padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts as ids [B, P] with zeros behind them, and their lengths [B]; raises as `stream`."""
         most, vocabulary = self.functions.prompt, self.functions.model.num_outputs
-        if not prompts:
+        if not len(prompts):
             raise TokenLabError("generate: no prompt is given; expected one or more.")
+        prompts = [np.asarray(each) for each in prompts]
+        for row, each in enumerate(prompts):
+            if each.ndim != 1 or (each.size and each.dtype.kind not in "iu"):
+                raise TokenLabError(
+                    f"generate: prompt {row} is {each.dtype}{list(each.shape)}; expected ids, int [T] (a tokenizer's "
+                    "`encode` makes them of text)."
+                )
         ids = np.zeros((len(prompts), most), np.int32)
         length = np.array([len(each) for each in prompts], np.int32)
         for row, each in enumerate(prompts):
@@ -117,7 +128,6 @@ class Generator:
                     f"generate: prompt {row} has {len(each)} tokens; expected 1 to {most}, the longest this was built "
                     "for."
                 )
-            each = np.asarray(each)
             if each.min() < 0 or each.max() >= vocabulary:
                 raise TokenLabError(
                     f"generate: prompt {row} has ids from {each.min()} to {each.max()}; expected 0 to {vocabulary - 1}."
@@ -153,3 +163,10 @@ class Generator:
             return tokens, going
 
         return steps
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises TokenLabError unless it is a whole number in [0, 2^32)."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise TokenLabError(f"seed is {seed!r}; expected a whole number from 0 to {2**32 - 1}.")
+    return int(seed)

@@ -106,6 +106,8 @@ class Item:
       merges: makes tokens that stand for several, so that `Tokens.size` must exist from the start.
       needs_cls: reads the first token, so the model must have a CLS token (scores say so for themselves).
       generates: runs on prompts and on the tokens that follow them one by one (`context.mode`).
+      sifts: outside training a wrapper's tokens decide one by one who is valid inside, so that what ranks those against
+        each other there looks ahead.
       identity: a stack in which the item keeps everything and so must equal the same stack without it, bit for bit;
         None when the method has no such setting.
       examples: stacks the contract tests run. At least one, for models of 16 patches, a CLS token and width 16.
@@ -116,6 +118,7 @@ class Item:
     merges: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    sifts: ClassVar[bool] = False
     identity: ClassVar[str | None] = None
     examples: ClassVar[tuple[str, ...]] = ()
 

@@ -35,7 +35,8 @@ class TokenEmbed(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """[B, N] int -> [B, N, D]; an id outside the table gives NaN."""
         table = self.param("table", nn.initializers.normal(0.02), (self.rows, self.width), jnp.float32)
-        return table.astype(self.dtype).at[ids].get(mode="fill", fill_value=jnp.nan)
+        outside = jnp.where(ids < 0, self.rows, ids)  # or they would count from the end
+        return table.astype(self.dtype).at[outside].get(mode="fill", fill_value=jnp.nan)
 
 
 class LMHead(nn.Module):

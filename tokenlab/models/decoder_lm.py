@@ -13,7 +13,7 @@ norms before each half of a block. Nothing has a bias. The weights are {"embed",
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -55,6 +55,10 @@ SIZES: Mapping[str, tuple[int, int, int, int, int]] = {
 }
 """Toys first; then widths and depths as usual for decoders (Brown et al. 2020, arXiv 2005.14165, table 2.1), with
 F = 8/3 D in multiples of 16, so that a SwiGLU has as many weights as an MLP of 4 D; 7B is LLaMA's."""
+
+
+MOST_TOKENS = 2**24
+"""Of a prompt and what follows it: so far float32 tells one position from the next."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,11 @@ class DecoderLMConfig:
 
     def dims(self) -> tuple[int, int, int, int, int, int]:
         """Width D, depth L of the size, hidden F, heads H, key heads G, head width Dh."""
-        width, depth, hidden, heads, groups = SIZES[self.size]
+        width, depth, hidden, own, groups = SIZES[self.size]
         chosen = self.width or width
-        heads = self.num_heads or heads
-        groups = self.num_kv_heads or min(groups, heads)
+        heads = self.num_heads or own
+        # A size with as many key heads as heads stays so with another number of heads.
+        groups = self.num_kv_heads or (heads if own == groups else min(groups, heads))
         hidden = self.mlp_dim or round(chosen * hidden / width)
         return chosen, depth, hidden, heads, groups, self.head_dim or chosen // heads
 
@@ -162,8 +167,11 @@ class DecoderLM(Trunk):
 
     def _check_causal(self, *, generating: bool) -> None:
         """Raise StackError where a token sees what comes after it; `generating` lets what prunes prompts pass."""
-        for step in self.program.flat() if not self.settings.leaks else ():
-            if isinstance(step, ItemStep) and step.active and not step.item.causal:
+        for step, sifted in _with_sifting(self.program.steps) if not self.settings.leaks else ():
+            if isinstance(step, ItemStep) and step.active and sifted and step.item.scores():
+                what = f"ranks the tokens that {sifted} lets in, and who those are depends on later ones,"
+                what, name = f"{what} so it chooses by what comes after a token", step.kind[1]
+            elif isinstance(step, ItemStep) and step.active and not step.item.causal:
                 if generating and step.item.generates:
                     continue
                 what, name = "chooses tokens by what comes after them", step.kind[1]
@@ -328,7 +336,24 @@ class DecoderLM(Trunk):
         for name, value in (("prompt", prompt), ("new", new)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise TokenLabError(f"generation: {name} is {value!r}; expected a number of tokens >= 1.")
+        if prompt + new > MOST_TOKENS:
+            raise TokenLabError(
+                f"generation: prompt {prompt} and new {new} are {prompt + new} tokens; expected at most {MOST_TOKENS} "
+                "together, as rows of that many are kept for each."
+            )
         return Generation(self, prompt, new, self._program(prompt, prompt + new))
+
+
+def _with_sifting(
+    steps: Iterable[program.Step], sifted: str | None = None
+) -> Iterator[tuple[program.Step, str | None]]:
+    """Every block and item, and the name of a wrapper around it whose `item.sifts`; None without one."""
+    for step in steps:
+        yield step, sifted
+        if isinstance(step, BlockStep) and step.between:
+            yield step.between, sifted
+        if isinstance(step, ItemStep):
+            yield from _with_sifting(step.body, step.kind[1] if step.active and step.item.sifts else sifted)
 
 
 @struct.dataclass
@@ -388,7 +413,7 @@ class Generation:
           rng: key of random choices in the stack; the same in every step that follows. None: a fixed one.
 
         Returns:
-          Logits of what follows each prompt, [B, V] float32; the memory.
+          Logits of what follows each prompt, [B, V] float32 of the V ids there are; the memory.
         """
         if ids.ndim != 2 or ids.shape[1] != self.prompt or length.shape != ids.shape[:1]:
             raise ShapeError(
@@ -407,7 +432,7 @@ class Generation:
         last = jnp.argmax(tokens.valid & (tokens.position == length[:, None] - 1), axis=1)
         x = jnp.take_along_axis(tokens.x, last[:, None, None], axis=1)
         logits, _ = model._head(weights, x)
-        return logits[:, 0], Memory(length.astype(jnp.int32), memories)
+        return logits[:, 0, : model.num_outputs], Memory(length.astype(jnp.int32), memories)
 
     def step(
         self, weights: Mapping[str, Any], ids: Array, memory: Memory, rng: Array | None = None
@@ -419,7 +444,7 @@ class Generation:
             self.program, weights["layers"], memory.layers, tokens, self._context(rng, "step")
         )
         logits, _ = self.model._head(weights, tokens.x)
-        return logits[:, 0], Memory(memory.length + 1, layers)
+        return logits[:, 0, : self.model.num_outputs], Memory(memory.length + 1, layers)
 
     def _context(self, rng: Array | None, mode: Literal["prefill", "step"]) -> Context:
         return Context(jax.random.key(0) if rng is None else rng, mode=mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokenlab.core.errors import TokenLabError
+
+TINY = 1e-30
+"""The least temperature that is divided by; float32 has no reciprocal of much smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,14 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not real and (name, value) != ("top_p", None):
+                raise TokenLabError(f"{name} is {value!r}; expected a number.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise TokenLabError(f"temperature is {self.temperature}; expected at least 0, where 0 is greedy.")
-        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        whole = isinstance(self.top_k, numbers.Integral) and not isinstance(self.top_k, bool)
         if self.top_k is not None and not (whole and self.top_k >= 1):
             raise TokenLabError(
                 f"top_k is {self.top_k!r}; expected a number of tokens >= 1, or None for all."
@@ -53,8 +62,10 @@ def sample(logits: Array, key: Array, how: Sampling) -> Array:
 
 
 def allowed(logits: Array, how: Sampling) -> Array:
-    """The logits that are sampled from, [B, V] float32: divided by the temperature, and -inf for what is left out."""
-    logits = logits.astype(jnp.float32) / how.temperature
+    """What is sampled from, [B, V] float32: logits less the largest, over the temperature; -inf: left out."""
+    logits = logits.astype(jnp.float32)
+    # With the largest at 0 no temperature, however small, makes it infinite.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(how.temperature, TINY)
     if how.top_k is not None and how.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)

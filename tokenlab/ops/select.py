@@ -24,10 +24,11 @@ def count(amount: int | float, available: int, *, what: str = "amount") -> int:
     """The number of tokens that `amount` stands for, out of `available` (unprotected) ones.
 
     An int is a count in 1..available. A float is a fraction in (0, 1] of `available`, rounded to the nearest
-    integer with ties up, and at least 1. The rounding is done on the decimal number as written, so that
+    integer with ties up. The rounding is done on the decimal number as written, so that
     count(0.145, 100) is 15 although 0.145 * 100 is 14.499999999999998 in binary.
 
-    Raises: TokenLabError for a bool, a number that is not finite or is out of range, or when nothing is available.
+    Raises: TokenLabError for a bool, a number that is not finite or is out of range, a fraction that rounds to nothing,
+      or when nothing is available.
     """
     if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
         raise TokenLabError(f"{what} is {amount!r}; give an int (a count) or a float (a fraction in (0, 1]).")
@@ -44,7 +45,12 @@ def count(amount: int | float, available: int, *, what: str = "amount") -> int:
     if not (math.isfinite(fraction) and 0.0 < fraction <= 1.0):
         raise TokenLabError(f"{what} is the fraction {fraction!r}; a fraction must lie in (0, 1].")
     nearest = int((Decimal(repr(fraction)) * available).to_integral_value(rounding=ROUND_HALF_UP))
-    return max(1, nearest)
+    if not nearest:
+        raise TokenLabError(
+            f"{what} is the fraction {fraction!r} of {available} unprotected tokens, which rounds to none; give a "
+            "larger one, or the count 1."
+        )
+    return nearest
 
 
 def top_k(

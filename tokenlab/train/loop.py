@@ -78,6 +78,7 @@ def run(
     compilation.use_cache(experiment.config.compilation_cache)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(Workdir(workdir, config))
+        folder.keep_tokenizer(experiment.source.tokenizer)
         if jax.process_count() > 1:  # the first process alone decides whether the workdir may be used
             multihost_utils.sync_global_devices("workdir")
         checkpoints = stack.enter_context(

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what it ran on, and its records, each of them once.
 
 config.json            the configuration; a workdir belongs to one
+tokenizer.json         of a run on text: the vocabulary that its weights know
 run.json               versions, devices and facts of this session; `history` holds the sessions before it
 metrics.jsonl          one JSON object a line: step, split, metrics
 metrics.aside-1.jsonl  records that a resumed run makes anew, moved out of its way
@@ -47,6 +48,9 @@ MAY_CHANGE = (
     "data.workers",
 )
 """Keys of the configuration that may be others when a run goes on."""
+
+TOKENIZER = "tokenizer.json"
+"""The vocabulary that a run on text trained with, in its workdir, unless it is bytes."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -168,6 +172,11 @@ class Workdir:
             )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def keep_tokenizer(self, tokenizer: Any) -> None:
+        """Keeps a vocabulary that could be another one day (trained on text, or a file elsewhere): tokenizer.json."""
+        if self._primary and hasattr(tokenizer, "to_json") and not (self.path / TOKENIZER).exists():
+            write_atomic(self.path / TOKENIZER, tokenizer.to_json())
 
     # ------------------------------------------------------------------------------------------ run.json
 

@@ -205,6 +205,7 @@ def test_what_is_counted():
         ("keep=1.5, frames=3, per_frame=5", "fraction"),
         ("keep=6, frames=3, per_frame=5", "count 6"),
         ("keep=0.2, frames=3, per_frame=5, always=both", "always=both"),
+        ("keep=0.01, frames=3, per_frame=5", "rounds to none"),
         ("keep=0.5, frames=0", "frames is 0"),
         ("keep=0.5, frames=3, per_frame=0", "per_frame is 0"),
         ("keep=0.5, frames=4", "21 tokens are not 4 frames"),

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tokenlab.data.text.source import TextConfig, TextSource
+from tokenlab.data.text.source import TextConfig, TextSource, Vocabulary
 from tokenlab.data.text.tokenizer import ByteTokenizer, Decoder, HuggingFaceTokenizer, Tokenizer
 
-__all__ = ["ByteTokenizer", "Decoder", "HuggingFaceTokenizer", "TextConfig", "TextSource", "Tokenizer"]
+__all__ = [
+    "ByteTokenizer",
+    "Decoder",
+    "HuggingFaceTokenizer",
+    "TextConfig",
+    "TextSource",
+    "Tokenizer",
+    "Vocabulary",
+]

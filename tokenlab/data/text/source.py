@@ -52,6 +52,23 @@ class TextConfig(DataConfig):
             )
 
 
+class Vocabulary:
+    """What a model must know of text, without any: see `TextSource` for the attributes.
+
+    Args:
+      config: of the source; its tokenizer is "bytes" or a path.
+    """
+
+    num_classes = None
+    class_names = None
+
+    def __init__(self, config: TextConfig):
+        self.name = config.name
+        self.tokenizer: Tokenizer = tokenizer.build(config.tokenizer, ())
+        self.vocab_size = self.tokenizer.vocab_size
+        self.spec = _spec(config.length)
+
+
 class TextSource:
     """Documents by split as a `Source` of examples.
 
@@ -106,10 +123,7 @@ class TextSource:
         self.vocab_size = self.tokenizer.vocab_size
         self._records = {split: self._read(split, texts, config) for split, texts in kept.items()}
         self.splits = {split: len(records) for split, records in self._records.items()}
-        self.spec: Spec = {
-            key: ((config.length,), "float32" if key in ("weight", "bytes") else "int32")
-            for key in ("ids", "target", "weight", "bytes", "segment", "position")
-        }
+        self.spec = _spec(config.length)
         says = (
             f"{self.tokenizer.fingerprint};{config.packing};{config.length};{config.isolate};{_digest(kept)}"
         )
@@ -131,6 +145,13 @@ class TextSource:
     def text(self, split: str) -> Iterator[str]:
         """The documents of a split in their order. Raises DataError: there is no such split."""
         return self.split(split).text()
+
+
+def _spec(length: int) -> Spec:
+    return {
+        key: ((length,), "float32" if key in ("weight", "bytes") else "int32")
+        for key in ("ids", "target", "weight", "bytes", "segment", "position")
+    }
 
 
 class TextRecords:

@@ -242,9 +242,13 @@ class HuggingFaceTokenizer:
         text = self.to_bytes(ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._adds_space else text
 
+    def to_json(self) -> str:
+        """What the `tokenizer.json` holds that `config.data.tokenizer` can name."""
+        return self._library.to_str(pretty=True)
+
     def save(self, path: str | Path) -> None:
-        """Write the `tokenizer.json` that `config.data.tokenizer` can name."""
-        self._library.save(str(path))
+        """Write that file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
 def build(word: str, texts: Iterable[str]) -> Tokenizer:

@@ -20,7 +20,8 @@ decides then (section 3.5):
     topk        still the top K; it looks ahead, and is there to compare with
 
 With either decision tokens enter in order while there is room for `room` times as many as K, and are left out after
-that, in whole sequences as in generation; the metric "mod_left_out" is their share.
+that, in whole sequences as in generation; the metric "mod_left_out" is their share. Documents packed into one row share
+its K and its room.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class MixtureOfDepths(Item):
     """`mod(keep=0.125)(block)`: an eighth of the tokens goes through the block, the others around it.
 
     Attributes:
-      keep: K, how many go through in training: an int in 1..present, or a fraction in (0, 1] of the unprotected tokens.
+      keep: K, how many go through in training: a fraction in (0, 1] of the unprotected tokens, or an int in 1..present,
+        which stays the same however long the sequence is that is judged or generated.
       gate: g of the score: "raw" is r itself, as in the paper's equation; "sigmoid"; "tanh_scaled" is 0.2 tanh(r) + 1,
         near one, to start from a dense model (p-MoD, arXiv 2412.04449); "one" leaves the score no gradient.
       by: "learned", or "random": the K are drawn, and at evaluation each enters with probability K / N (the paper's
@@ -67,6 +69,7 @@ class MixtureOfDepths(Item):
     room: float = 2.0
 
     wraps: ClassVar[bool] = True
+    sifts: ClassVar[bool] = True
     identity: ClassVar[str] = "block + mod(keep=1.0, gate=one)(block)"
     examples: ClassVar[tuple[str, ...]] = (
         "mod(keep=0.5)(block) + block",

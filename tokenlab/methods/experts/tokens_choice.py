@@ -42,7 +42,7 @@ class TokensChoice(nn.Module):
 
     Attributes:
       num_experts: E.
-      k: choices of each token, 1..E.
+      k: choices of each token, 1..E + n.
       capacity: factor on an even spread that sets the places of an expert, > 0.
       eval_capacity: the same outside training; None for `capacity`.
       multiple_of: places are raised to a multiple of this.
@@ -105,6 +105,8 @@ class TokensChoice(nn.Module):
         for name in ("noise", "importance", "load", "gshard", "z", "bias", "noops"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"tokens_choice: {name} must be at least 0; got {getattr(self, name)}.")
+        if isinstance(self.noops, bool) or not isinstance(self.noops, int):
+            raise ConfigError(f"tokens_choice: noops must be a whole number; got {self.noops!r}.")
         route.check_word("tokens_choice: form", self.form, ("indexed", "weighted"))
         if self.load and not self.noise:
             raise ConfigError(
