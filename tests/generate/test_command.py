@@ -238,3 +238,11 @@ def test_numbers_that_are_too_large_are_refused_in_a_line(workdir: Path, capsys:
     assert cli.main(["generate", f"--workdir={workdir}", "--prompt=A", given]) == cli.EXIT_ERROR
     out, err = capsys.readouterr()
     assert out == "" and "expected" in err and err.count("\n") == 1
+
+
+def test_what_a_leak_is_worth_can_be_measured_on_trained_weights(workdir: Path) -> None:
+    """The documented way: at evaluation a stack that looks ahead is refused, and taken with config.model.leaks=True."""
+    stack = {"eval.stack": "block + skip(keep=0.5, by=norm)(block)"}
+    with pytest.raises(StackError, match=r"config\.model\.leaks=True"):
+        load(workdir, stack)
+    assert load(workdir, {**stack, "model.leaks": "True"}).model.settings.leaks

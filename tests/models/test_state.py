@@ -44,6 +44,15 @@ def test_what_an_item_learned_is_left_out_and_told_when_the_stack_has_no_such_it
     assert leaves.keys() == flat(saved("block*2")).keys()
 
 
+def test_a_part_of_what_an_item_learned_is_told_by_its_name() -> None:
+    stack = "block + mod(keep=0.5{})(block)"
+    _, notes = fit_state(saved(stack.format("")), shapes(stack.format(", decide=router")), source="the run")
+    assert notes == [
+        f"the run holds items/mod/predictor_{name}, which the stack does not use: left out"
+        for name in ("bias", "hidden", "out", "out_bias")
+    ]
+
+
 def test_fresh_leaves_are_not_taken() -> None:
     leaves, notes = fit_state(saved("block*2"), shapes(LEARNED), fresh=("items/keep", "head"))
     assert not notes

@@ -66,7 +66,8 @@ def fit_state(
                 f"parameter {path}: {source} {_holds(given)}, the model {_needs(expected)}; "
                 f"{_mend(path, given, expected, starts=not left_out)}."
             )
-    kinds = sorted({"/".join(path.split("/")[:2]) for path in extra})
+    used = {_kind(path) for path in want}
+    kinds = sorted({path if _kind(path) in used else _kind(path) for path in extra})
     notes = [f"{source} holds {kind}, which the stack does not use: left out" for kind in kinds]
     return {path: have[path] for path in want}, notes
 
@@ -74,6 +75,11 @@ def fit_state(
 def fill(wanted: Any, leaves: Mapping[str, Any]) -> Any:
     """A tree like `wanted` with the leaves of `fit_state` in their places; every path must be there."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], wanted)
+
+
+def _kind(path: str) -> str:
+    """ "items/mod" of "items/mod/router"."""
+    return "/".join(path.split("/")[:2])
 
 
 def _under(path: str, name: str) -> bool:
