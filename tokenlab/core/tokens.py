@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
@@ -44,6 +45,11 @@ class Tokens:
     extra: dict[str, Any] = struct.field(default_factory=dict)
     owner: Array | None = None
     protected: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def there(self) -> Array:
+        """`valid`, or True for every token where it is not tracked: [B, N] bool."""
+        return jnp.ones(self.position.shape, bool) if self.valid is None else self.valid
 
     @property
     def batch(self) -> int:

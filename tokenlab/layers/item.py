@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+import jax
 from jax import Array
 
 from tokenlab.core.errors import TokenLabError
@@ -193,6 +194,12 @@ class Item:
           body: for wrappers, the stack inside.
         """
         raise TypeError(f"{type(self).__name__} does not define __call__.")
+
+
+def replicated(item: Item) -> Axes:
+    """Axes of parameters too small to be split: for an item's `axes`."""
+    shapes = jax.eval_shape(lambda: item.init(jax.random.key(0), 2))
+    return {name: (None,) * leaf.ndim for name, leaf in shapes.items()}
 
 
 def choose(

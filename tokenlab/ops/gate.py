@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Gate: TypeAlias = Literal["raw", "sigmoid", "tanh_scaled", "one"]
+Gate: TypeAlias = Literal["raw", "sigmoid", "tanh", "tanh_scaled", "one"]
 
 
 def weight(score: Array, gate: Gate) -> Array:
-    """g of a score, in its shape: itself, its sigmoid, 0.2 tanh(score) + 1 (p-MoD, arXiv 2412.04449), or one."""
+    """g of a score, in its shape: itself, sigmoid, tanh, 0.2 tanh(score) + 1 (p-MoD, arXiv 2412.04449), or one."""
     return {
         "raw": lambda r: r,
         "sigmoid": jax.nn.sigmoid,
+        "tanh": jnp.tanh,
         "tanh_scaled": lambda r: 0.2 * jnp.tanh(r) + 1.0,
         "one": jnp.ones_like,
     }[gate](score)

@@ -20,11 +20,11 @@ from tokenlab.core.errors import ShapeError, TokenLabError, suggest
 ORDERS = ("position", "score")
 
 
-def count(amount: int | float, available: int, *, what: str = "amount") -> int:
+def count(amount: int | float, available: int, *, what: str = "amount", least: int = 0) -> int:
     """The number of tokens that `amount` stands for, out of `available` (unprotected) ones.
 
     An int is a count in 1..available. A float is a fraction in (0, 1] of `available`, rounded to the nearest
-    integer with ties up. The rounding is done on the decimal number as written, so that
+    integer with ties up, and raised to `least`. The rounding is done on the decimal number as written, so that
     count(0.145, 100) is 15 although 0.145 * 100 is 14.499999999999998 in binary.
 
     Raises: TokenLabError for a bool, a number that is not finite or is out of range, a fraction that rounds to nothing,
@@ -45,12 +45,12 @@ def count(amount: int | float, available: int, *, what: str = "amount") -> int:
     if not (math.isfinite(fraction) and 0.0 < fraction <= 1.0):
         raise TokenLabError(f"{what} is the fraction {fraction!r}; a fraction must lie in (0, 1].")
     nearest = int((Decimal(repr(fraction)) * available).to_integral_value(rounding=ROUND_HALF_UP))
-    if not nearest:
+    if not max(nearest, least):
         raise TokenLabError(
             f"{what} is the fraction {fraction!r} of {available} unprotected tokens, which rounds to none; give a "
             "larger one, or the count 1."
         )
-    return nearest
+    return max(nearest, least)
 
 
 def top_k(

@@ -22,6 +22,7 @@ KEY = jax.random.key(0)
 GATES = {
     "raw": lambda r: r,
     "sigmoid": lambda r: 1 / (1 + np.exp(-r)),
+    "tanh": np.tanh,
     "tanh_scaled": lambda r: 0.2 * np.tanh(r) + 1,
     "one": np.ones_like,
 }
@@ -393,7 +394,7 @@ def test_training_lets_in_k_whatever_the_room():
         ("mod(keep=0.5, room=0.5)(block)", "mod: room is 0.5; expected at least 1"),
         ("mod(keep=0.5, weight=-1.0)(block)", "mod: weight is -1.0; expected at least 0"),
         ("mod(keep=4, by=random)(block)", "needs the fraction of tokens that enter; write it as a float"),
-        ("mod(keep=0.5, gate=softmax)(block)", "gate must be one of raw, sigmoid, tanh_scaled, one"),
+        ("mod(keep=0.5, gate=softmax)(block)", "gate must be one of raw, sigmoid, tanh, tanh_scaled, one"),
         ("mod(keep=0.5, decide=all)(block)", "decide must be one of predictor, router, topk"),
         ("mod(keep=0.5, by=norm)(block)", "by must be one of learned, random"),
         ("mod(keep=0.5, capacity=2)(block)", "mod has no argument 'capacity'"),

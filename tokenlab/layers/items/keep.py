@@ -80,8 +80,9 @@ class Keep(Item):
         length = jnp.sum(tokens.valid, axis=1, keepdims=True) - tokens.protected
         enough = wanted
         if not isinstance(self.amount, int):
-            # Looked up, as float32 would round some lengths another way than `select.count` does.
-            own = [1, *(select.count(self.amount, n) for n in range(1, tokens.free + 1))]
+            # Looked up, as float32 would round some lengths another way than `select.count` does. The last token of a
+            # prompt is always kept.
+            own = [1, *(select.count(self.amount, n, least=1) for n in range(1, tokens.free + 1))]
             enough = jnp.asarray(own)[length]
         rank = jnp.arange(wanted + tokens.protected) - tokens.protected
         alive = gather(tokens.valid, best) & (rank < enough)

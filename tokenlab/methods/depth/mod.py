@@ -40,7 +40,7 @@ from jax import Array, lax
 from tokenlab.core.errors import TokenLabError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.item import Amount, Axes, Body, Item, Params, kept
+from tokenlab.layers.item import Amount, Axes, Body, Item, Params, kept, replicated
 from tokenlab.ops import carry, gate, select
 from tokenlab.ops.gather import gather, keep_mask
 
@@ -52,8 +52,9 @@ class MixtureOfDepths(Item):
     Attributes:
       keep: K, how many go through in training: a fraction in (0, 1] of the unprotected tokens, or an int in 1..present,
         which stays the same however long the sequence is that is judged or generated.
-      gate: g of the score: "raw" is r itself, as in the paper's equation; "sigmoid"; "tanh_scaled" is 0.2 tanh(r) + 1,
-        near one, to start from a dense model (p-MoD, arXiv 2412.04449); "one" leaves the score no gradient.
+      gate: g of the score: "raw" is r itself, as in the paper's equation; "sigmoid"; "tanh"; "tanh_scaled" is
+        0.2 tanh(r) + 1, near one, to start from a dense model (p-MoD, arXiv 2412.04449); "one" leaves the score no
+        gradient.
       by: "learned", or "random": the K are drawn, and at evaluation each enters with probability K / N (the paper's
         control).
       decide: who decides outside training, see the module; with "predictor" and "router" a loss trains it.
@@ -151,8 +152,7 @@ class MixtureOfDepths(Item):
 
     def axes(self) -> Axes:
         """Small enough to be replicated."""
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), 2))
-        return {name: (None,) * leaf.ndim for name, leaf in shapes.items()}
+        return replicated(self)
 
     # ------------------------------------------------------------------------------------------ the method
 
@@ -168,7 +168,7 @@ class MixtureOfDepths(Item):
         """[B, N, ...] -> [B, N, ...]; tokens that do not enter come out as they went in."""
         score = self.score(params, tokens)
         if context.mode == "step":
-            entering = self.decision(params, tokens, score, key) & _valid(tokens)
+            entering = self.decision(params, tokens, score, key) & tokens.there
             room = body.has_room()[:, None]
             body.turn_away(jnp.sum(entering & ~room, axis=1))
             done, aux = body(tokens.replace(valid=entering & room))
@@ -180,7 +180,7 @@ class MixtureOfDepths(Item):
             part = carry.take(tokens, indices)
             aux = self.judge(params, tokens, score, indices) if context.train else Aux()
         else:
-            entering = self.decision(params, tokens, score, key) & _valid(tokens)
+            entering = self.decision(params, tokens, score, key) & tokens.there
             # The first of those that enter, in order. Behind them what is left of the room are others, which count as
             # padding: a later token then moves no earlier one to another row, where sums would round another way.
             indices = select.top_k(
@@ -190,7 +190,7 @@ class MixtureOfDepths(Item):
                 order="score",
             )
             part = carry.take(tokens, indices)
-            part = part.replace(valid=gather(entering, indices) & _valid(part))
+            part = part.replace(valid=gather(entering, indices) & part.there)
             inside = keep_mask(indices, tokens.count)
             body.turn_away(jnp.sum(entering & ~inside, axis=1))
             aux = _report(entering, inside, tokens)
@@ -241,7 +241,7 @@ class MixtureOfDepths(Item):
         if self.by == "random" or self.decide == "topk":
             return Aux()
         member = keep_mask(indices, tokens.count)
-        counted = _valid(tokens) & (jnp.arange(tokens.count) >= tokens.protected)
+        counted = tokens.there & (jnp.arange(tokens.count) >= tokens.protected)
         logit = self.predicted(params, tokens) if self.predicts else score
         each = optax.sigmoid_binary_cross_entropy(logit, member.astype(jnp.float32))
         total = jnp.maximum(jnp.sum(counted), 1)
@@ -250,13 +250,9 @@ class MixtureOfDepths(Item):
         return Aux.of({"mod_loss": self.weight * loss}, {"mod_accuracy": right})
 
 
-def _valid(tokens: Tokens) -> Array:
-    return jnp.ones(tokens.position.shape, bool) if tokens.valid is None else tokens.valid
-
-
 def _report(entering: Array, inside: Array, tokens: Tokens) -> Aux:
     """The share of tokens that enter, and of those that would have and found no room."""
-    total = jnp.maximum(jnp.sum(_valid(tokens)), 1)
+    total = jnp.maximum(jnp.sum(tokens.there), 1)
     return Aux.of(
         metrics={
             "mod_share": jnp.sum(entering & inside) / total,

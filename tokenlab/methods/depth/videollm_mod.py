@@ -37,7 +37,7 @@ from jax import Array
 from tokenlab.core.errors import ShapeError, TokenLabError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.item import Amount, Axes, Body, Item, Params
+from tokenlab.layers.item import Amount, Axes, Body, Item, Params, replicated
 from tokenlab.ops import carry, gate, select
 from tokenlab.ops.gather import gather
 
@@ -54,7 +54,7 @@ class VideoMixtureOfDepths(Item):
       by: "learned", or the paper's controls: "random", or "uniform", evenly spaced over the frame.
       always: tokens of each frame that are kept anyway, within k: its "last" (which decides whether to speak), its
         "first" (CLS), "both" or "none".
-      gate: g of the score: "raw", "sigmoid", "tanh_scaled" (0.2 tanh(s) + 1) or "one".
+      gate: g of the score: "raw", "sigmoid", "tanh", "tanh_scaled" (0.2 tanh(s) + 1) or "one".
       on: what g multiplies of a kept token: all the body adds ("block"), or what its feed-forward layers add ("ffn").
       skip: a vision token that is not kept leaves as it came ("identity"), or times g ("scaled").
       bias: the router has one.
@@ -141,8 +141,7 @@ class VideoMixtureOfDepths(Item):
 
     def axes(self) -> Axes:
         """Small enough to be replicated."""
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), 2))
-        return {name: (None,) * leaf.ndim for name, leaf in shapes.items()}
+        return replicated(self)
 
     # ------------------------------------------------------------------------------------------ the method
 
@@ -160,7 +159,7 @@ class VideoMixtureOfDepths(Item):
         Raises ShapeError for a "frame" that is not int [B, N].
         """
         frame = self.frame(tokens)
-        vision, valid = frame < self.frames, _valid(tokens)
+        vision, valid = frame < self.frames, tokens.there
         score = self.score(params, tokens)
         entering = valid & (~vision | self.kept(score, tokens, frame, key))
 
@@ -211,7 +210,7 @@ class VideoMixtureOfDepths(Item):
             )
         else:
             frame = jnp.where(jnp.arange(tokens.count) < tokens.protected, -1, given)
-        there = _valid(tokens) & (frame >= 0) & (frame < self.frames)
+        there = tokens.there & (frame >= 0) & (frame < self.frames)
         return jnp.where(there, frame, self.frames).astype(jnp.int32)
 
     def score(self, params: Params, tokens: Tokens) -> Array:
@@ -257,10 +256,6 @@ def keep_ratios(
     if shape not in fall:
         raise TokenLabError(f"keep_ratios: shape is {shape!r}; expected 'cosine' or 'linear'.")
     return [fall[shape](d) + average for d in depth]
-
-
-def _valid(tokens: Tokens) -> Array:
-    return jnp.ones(tokens.position.shape, bool) if tokens.valid is None else tokens.valid
 
 
 def _of_group(values: Array, group: Array) -> Array:
