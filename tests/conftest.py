@@ -22,9 +22,10 @@ OPTIMISED = ("cost", "sharding")
 """Folders whose tests read compiled programs. There, in slow tests and in those that are marked `optimised`, XLA
 optimises machine code.
 
-Nearly all of the time of the others is compiling, of which a fifth is left where nothing is optimised and kernels are
-made by the older of XLA's two ways, where it has both. JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment is for the
-code that users run, everywhere: .ci/run does that for slow tests and for all that compares numbers.
+Nearly all of the time of the others is compiling. Where nothing is optimised and kernels are made by the older of XLA's
+two ways, where it has both, a third of it is left for small programs and a seventh for a train step.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment is for the code that users run, everywhere: .ci/run does that for
+slow tests and for all that compares numbers.
 """
 
 

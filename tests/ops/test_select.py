@@ -46,6 +46,7 @@ def test_count(amount, available, expected):
         (0.0, "(0, 1]"),
         (1.5, "(0, 1]"),
         (-0.5, "(0, 1]"),
+        (0.049, "rounds to none"),
         (math.nan, "(0, 1]"),
         (math.inf, "(0, 1]"),
         (True, "an int"),

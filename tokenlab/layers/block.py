@@ -169,13 +169,17 @@ class Block:
     ) -> tuple[Tokens, Aux]:
         """The feed-forward half, with the losses and metrics of its router, if it has one.
 
-        A wrapper may weigh what it adds to each token: `extra["ffn_weight"]` [B, N], float32.
+        A wrapper may weigh what it adds to each token: `extra["ffn_weight"]` [B, N], float32. A layer whose tokens
+        compete for room has another form for generation, where they come one by one: its method `in_generation`.
         """
         modules = self.modules()
+        ffn = self.ffn
+        if context.mode != "full" and hasattr(ffn, "in_generation"):
+            ffn = ffn.in_generation()
         normed = self._normed(modules, params, "ffn", tokens.x, before=True)
         with jax.named_scope(self.ffn_name):
             rngs = {"ffn": context.key("ffn", depth.index)} if context.train else None
-            out = _apply(self.ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train)
+            out = _apply(ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train)
         y, aux = out if isinstance(out, tuple) else (out, Aux())
         y = self._normed(modules, params, "ffn", y, before=False)
         if "ffn_weight" in tokens.extra:

@@ -169,8 +169,10 @@ class DecoderLM(Trunk):
         """Raise StackError where a token sees what comes after it; `generating` lets what prunes prompts pass."""
         for step, sifted in _with_sifting(self.program.steps) if not self.settings.leaks else ():
             if isinstance(step, ItemStep) and step.active and sifted and step.item.scores():
-                what = f"ranks the tokens that {sifted} lets in, and who those are depends on later ones,"
-                what, name = f"{what} so it chooses by what comes after a token", step.kind[1]
+                what, name = (
+                    f"ranks the tokens that {sifted} lets in, and later ones are among them",
+                    step.kind[1],
+                )
             elif isinstance(step, ItemStep) and step.active and not step.item.causal:
                 if generating and step.item.generates:
                     continue

@@ -55,6 +55,19 @@ def test_all_experts_with_room_for_all_are_the_dense_mixture(plain, params, x, e
 
 
 @pytest.mark.parametrize("form", ["indexed", "weighted"])
+def test_with_capacity_without_end_every_choice_is_computed(plain, params, x, form):
+    """As with places for all, of which most stay empty; in generation whatever the capacity is."""
+    valid = jnp.ones((3, 7), bool).at[1, 4].set(False)
+    roomy, _ = apply(plain.clone(k=2, capacity=float(E), form=form), params, x, valid=valid)
+    endless, aux = apply(plain.clone(k=2, capacity=math.inf, form=form), params, x, valid=valid)
+    close(endless, roomy)
+    assert values(aux)["dropped"] == 0
+    tight = plain.clone(k=2, capacity=0.3, form=form)
+    assert values(apply(tight, params, x, valid=valid)[1])["dropped"] > 0.3
+    close(apply(tight.in_generation(), params, x, valid=valid)[0], roomy)
+
+
+@pytest.mark.parametrize("form", ["indexed", "weighted"])
 def test_a_token_that_chooses_a_noop_is_computed_by_nobody(plain, x, weights, each_expert, form):
     """Exact zeros of the layer, no place taken; the others as if the no-op were one more expert with nothing to say."""
     layer = plain.clone(num_experts=2, noops=2, capacity=4.0, form=form)

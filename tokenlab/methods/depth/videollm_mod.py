@@ -16,7 +16,8 @@ while a video streams is what was kept in training. Between full blocks: `(block
 (block))*16`.
 
 Which tokens are frames: `Tokens.extra["frame"]` [B, N] int32 gives each its frame, 0..T-1 in the order of the sequence,
-and -1 for text. Without it all unprotected tokens are T frames of equal size, as in a video without words.
+and -1 for text. Without it the unprotected tokens are T frames of V, one after the other, and what is left behind them,
+where `per_frame` leaves some, is text.
 
 The paper gives neither g nor what happens to positions; tokens keep theirs, and g is a choice. Its relative p-MoD
 (arXiv 2412.04449) is `gate=tanh_scaled, bias=True, on=ffn, skip=scaled, always=none`, and lets the keep ratio fall with

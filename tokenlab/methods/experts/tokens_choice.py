@@ -18,11 +18,12 @@ moves it: under Adam by about its learning rate a step, under SGD by `bias` time
 
 `noops` stand among the experts and compute nothing: a token that chooses one goes on by the residual alone because the
 router said so, and not because a queue was full (integrated mixture-of-depths-and-experts, Raposo et al. 2024, arXiv
-2404.02258, section 4.4). Balance counts them as experts, so with n of them E / (E + n) of all choices are computed.
+2404.02258). Balance counts them as experts, so with n of them E / (E + n) of all choices are computed.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -34,7 +35,7 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.layers import experts as banks
 from tokenlab.layers.context import Aux
 from tokenlab.ops import route
-from tokenlab.ops.dispatch import Indexed
+from tokenlab.ops.dispatch import Indexed, Sorted
 
 
 class TokensChoice(nn.Module):
@@ -43,8 +44,9 @@ class TokensChoice(nn.Module):
     Attributes:
       num_experts: E.
       k: choices of each token, 1..E + n.
-      capacity: factor on an even spread that sets the places of an expert, > 0.
-      eval_capacity: the same outside training; None for `capacity`.
+      capacity: factor on an even spread that sets the places of an expert, > 0; `math.inf` computes every choice, for
+        which a stack has `dropless`.
+      eval_capacity: the same outside training; None for `capacity`. Generation drops none, see `in_generation`.
       multiple_of: places are raised to a multiple of this.
       batch_priority: the surest tokens get their places first.
       noise: the router's in training, divided by E; >= 0.
@@ -81,10 +83,14 @@ class TokensChoice(nn.Module):
     def causal(self) -> bool:
         """Whether a token's room depends on earlier tokens alone: first choices only, in the order of the sequence.
 
-        Room is made for the tokens at hand, so where a whole sequence drops some, generation, which has one at a time,
-        drops none and gives other logits.
+        Room is made for the tokens at hand, so where a whole sequence drops some, generation, which drops none, gives
+        other logits.
         """
         return self.k == 1 and not self.batch_priority
+
+    def in_generation(self) -> TokensChoice:
+        """The same layer with room for all: a prompt gives what its tokens give one by one, whatever is beside it."""
+        return self.clone(eval_capacity=math.inf, form="indexed")
 
     def experts_per_token(self, tokens: int) -> float:
         """Experts that each token is computed by when choices are spread evenly: K E / (E + n)."""
@@ -138,7 +144,9 @@ class TokensChoice(nn.Module):
                 noisy = logits + self.noise / count * jax.random.normal(self.make_rng("ffn"), logits.shape)
             gates = jax.nn.softmax(noisy)
             factor = self.capacity if train or self.eval_capacity is None else self.eval_capacity
-            places = route.capacity(tokens, count, factor, choices=self.k, multiple_of=self.multiple_of)
+            places = tokens  # an expert gets each token once, at most
+            if factor != math.inf:
+                places = route.capacity(tokens, count, factor, choices=self.k, multiple_of=self.multiple_of)
             bias = self.param("bias", nn.initializers.zeros, (count,), jnp.float32) if self.bias else None
             chosen = route.tokens_choice(
                 gates,
@@ -148,8 +156,11 @@ class TokensChoice(nn.Module):
                 rank_by=None if bias is None else gates + bias,
             )
             computed = chosen._replace(expert=jnp.minimum(chosen.expert, real))
-            plan = Indexed.of_choices(computed, real, places, self.transport)
-        plan = plan if self.form == "indexed" else plan.weights()
+            if factor == math.inf and self.form == "indexed":
+                plan = Sorted(computed.expert, computed.weight, real, self.transport)
+            else:
+                plan = Indexed.of_choices(computed, real, places, self.transport)
+                plan = plan if self.form == "indexed" else plan.weights()
         y = banks.run(self, plan, bank, x, valid, train=train)
 
         kept = chosen.place < places
