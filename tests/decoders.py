@@ -13,10 +13,18 @@ from tokenlab import models
 VOCABULARY = 37
 
 
-def build(stack: str, length: int = 24, *, train: bool = False, outputs: int = VOCABULARY, **settings: Any):
+def build(
+    stack: str,
+    length: int = 24,
+    *,
+    train: bool = False,
+    outputs: int = VOCABULARY,
+    modal: bool = False,
+    **settings: Any,
+):
     """A decoder of width 16 over the stack, for sequences of `length`; without `train_only` items."""
     settings = {"size": "nano", **settings}
-    spec = {"ids": ((length,), "int32")}
+    spec = {"ids": ((length,), "int32")} | ({"modality": ((length,), "int32")} if modal else {})
     return models.build(
         {"name": "decoder_lm", "stack": stack, **settings}, spec=spec, num_outputs=outputs, train=train
     )

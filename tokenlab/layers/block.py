@@ -170,7 +170,8 @@ class Block:
         """The feed-forward half, with the losses and metrics of its router, if it has one.
 
         A wrapper may weigh what it adds to each token: `extra["ffn_weight"]` [B, N], float32. A layer whose tokens
-        compete for room has another form for generation, where they come one by one: its method `in_generation`.
+        compete for room has another form for generation, where they come one by one: its method `in_generation`. One
+        that says `by_modality` is told what its tokens stand for.
         """
         modules = self.modules()
         ffn = self.ffn
@@ -179,7 +180,10 @@ class Block:
         normed = self._normed(modules, params, "ffn", tokens.x, before=True)
         with jax.named_scope(self.ffn_name):
             rngs = {"ffn": context.key("ffn", depth.index)} if context.train else None
-            out = _apply(ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train)
+            more = {"modality": tokens.modality} if getattr(ffn, "by_modality", False) else {}
+            out = _apply(
+                ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train, **more
+            )
         y, aux = out if isinstance(out, tuple) else (out, Aux())
         y = self._normed(modules, params, "ffn", y, before=False)
         if "ffn_weight" in tokens.extra:

@@ -149,10 +149,11 @@ class DecoderLM(Trunk):
       num_outputs: ids in the vocabulary.
       stack_vars: numbers that names in the stack stand for.
       train: False takes `train_only` items out of the stack.
+      modal: what each token stands for is part of the data, see `tokenlab.core.modality`.
 
     Raises (when built):
-      StackError, ConfigError, ShapeError, NameLookupError: settings that do not fit each other, or a stack in which
-      tokens see what comes after them.
+      StackError, ConfigError, ShapeError, NameLookupError: settings that do not fit each other, a stack in which tokens
+      see what comes after them, or one that asks what tokens stand for where the data does not say it.
     """
 
     settings: DecoderLMConfig
@@ -160,10 +161,22 @@ class DecoderLM(Trunk):
     num_outputs: int
     stack_vars: Mapping[str, int | float]
     train: bool = True
+    modal: bool = False
 
     def __post_init__(self) -> None:
         _ = self.program  # so that a wrong stack is said at once, not at the first call
         self._check_causal(generating=not self.train)
+        asking = [
+            step.block.ffn_name
+            for step in self.program.flat()
+            if isinstance(step, BlockStep) and getattr(step.block.ffn, "by_modality", False)
+        ]
+        if asking and not self.modal:
+            raise StackError(
+                f"stack: {asking[0]} has experts for text and for images, and the data does not say which token is "
+                f"which (it has no 'modality'): {self.program.stack.text!r}. Take data of both, such as "
+                "config.data.name='image_text', or mixed experts."
+            )
 
     def _check_causal(self, *, generating: bool) -> None:
         """Raise StackError where a token sees what comes after it; `generating` lets what prunes prompts pass."""
@@ -259,7 +272,7 @@ class DecoderLM(Trunk):
     def batch_spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what `apply` reads of a batch."""
         ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
-        return {"ids": ids, "segment": ids, "position": ids}
+        return dict.fromkeys(("ids", "segment", "position", *(("modality",) if self.modal else ())), ids)
 
     def init_embed(self, key: Array) -> dict[str, Any]:
         """Fresh weights of the table."""
@@ -287,7 +300,8 @@ class DecoderLM(Trunk):
         Args:
           state: weights, see `init`.
           batch: "ids" [B, N] int32; "segment" [B, N] int32, the document of each token, 0 for padding, and "position"
-            [B, N] int32, its place in the document; without the two every row is one document.
+            [B, N] int32, its place in the document; without the two every row is one document. "modality" [B, N] int32
+            where the model is `modal`.
           train, rng, record, execution, remat: as in `tokenlab.models.vit.ViT.apply`.
 
         Returns:
@@ -307,7 +321,7 @@ class DecoderLM(Trunk):
         segment = batch.get("segment")
         valid = None if segment is None else segment > 0
         tokens = self._embedded(state, ids, place, batch.get("position", place), valid)
-        tokens = tokens.replace(segment=segment)
+        tokens = tokens.replace(segment=segment, modality=self._modality(batch.get("modality"), ids))
         ran = self.run(state, tokens, context, record=record, execution=execution, remat=remat)
         logits, normed = self._head(state, ran.tokens.x)
         return Output(logits, normed, normed, ran.aux, ran.trace, ran.loads, ran.tokens.position)
@@ -320,6 +334,17 @@ class DecoderLM(Trunk):
             x = constrain(x, "batch", None, None)
         coords = position[..., None].astype(jnp.float32) if self.settings.position == "rope" else None
         return Tokens(x, place, coords, valid)
+
+    def _modality(self, given: Array | None, ids: Array) -> Array | None:
+        """What each token of ids [B, N] stands for; None where the data does not say it."""
+        if not self.modal:
+            return None
+        if given is None or given.shape != ids.shape:
+            raise ShapeError(
+                f"decoder_lm: modality is {None if given is None else list(given.shape)}; expected {list(ids.shape)}, "
+                "as the data has it."
+            )
+        return given
 
     def _head(self, state: Mapping[str, Any], x: Array) -> tuple[Array, Array]:
         with jax.named_scope("head"):
@@ -404,7 +429,13 @@ class Generation:
         return {"embed": state["embed"], "layers": layers, "head": state["head"]}
 
     def prefill(
-        self, weights: Mapping[str, Any], ids: Array, length: Array, rng: Array | None = None
+        self,
+        weights: Mapping[str, Any],
+        ids: Array,
+        length: Array,
+        rng: Array | None = None,
+        *,
+        modality: Array | None = None,
     ) -> tuple[Array, Memory]:
         """Read prompts.
 
@@ -413,6 +444,7 @@ class Generation:
           ids: [B, P] int32, each prompt from the front; what stands behind is not read.
           length: [B] int32 in 1..P.
           rng: key of random choices in the stack; the same in every step that follows. None: a fixed one.
+          modality: [B, P] int32, of a model that is `modal`.
 
         Returns:
           Logits of what follows each prompt, [B, V] float32 of the V ids there are; the memory.
@@ -426,6 +458,7 @@ class Generation:
         place = jnp.broadcast_to(jnp.arange(self.prompt, dtype=jnp.int32), ids.shape)
         valid = place < length[:, None]
         tokens = model._embedded(weights, jnp.where(valid, ids, 0), place, place, valid)
+        tokens = tokens.replace(modality=model._modality(modality, ids))
         memories = generation.empty(self.program, ids.shape[0], groups, head, model.dtype, weights["layers"])
         tokens, memories = generation.run(
             self.program, weights["layers"], memories, tokens, self._context(rng, "prefill")
@@ -437,11 +470,22 @@ class Generation:
         return logits[:, 0, : model.num_outputs], Memory(length.astype(jnp.int32), memories)
 
     def step(
-        self, weights: Mapping[str, Any], ids: Array, memory: Memory, rng: Array | None = None
+        self,
+        weights: Mapping[str, Any],
+        ids: Array,
+        memory: Memory,
+        rng: Array | None = None,
+        *,
+        modality: Array | None = None,
     ) -> tuple[Array, Memory]:
-        """Read one more token of each sequence: ids [B] int32 -> logits of what follows, [B, V]; the new memory."""
+        """Read one more token of each sequence: ids [B] int32 -> logits of what follows, [B, V]; the new memory.
+
+        `rng` and `modality` [B] are as in `prefill`.
+        """
         place = memory.length[:, None]
         tokens = self.model._embedded(weights, ids[:, None], place, place, jnp.ones(place.shape, bool))
+        own = None if modality is None else modality[:, None]
+        tokens = tokens.replace(modality=self.model._modality(own, place))
         tokens, layers = generation.run(
             self.program, weights["layers"], memory.layers, tokens, self._context(rng, "step")
         )
@@ -472,4 +516,4 @@ def build(
     shape = tuple(spec["ids"][0])
     if len(shape) != 1:
         raise ShapeError(f"decoder_lm reads ids [N]; the data's 'ids' has shape {shape}.")
-    return DecoderLM(config, shape[0], num_outputs, stack_vars, train)
+    return DecoderLM(config, shape[0], num_outputs, stack_vars, train, modal="modality" in spec)

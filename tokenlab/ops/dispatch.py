@@ -169,6 +169,8 @@ class Sorted:
       transport: dtype of what travels between devices, None for the tokens' own.
       exchange: see `tokenlab.ops.exchange`.
       boost: [B, N, K]; experts get the gradient of each choice multiplied by it (for GRIN). None for 1.
+      room: rows kept for an example's choices, where padding leaves fewer than N K; no example may have more. None for
+        N K.
     """
 
     expert: Array
@@ -177,15 +179,16 @@ class Sorted:
     transport: str | None = struct.field(pytree_node=False, default=None)
     exchange: Exchange | None = struct.field(pytree_node=False, default=None)
     boost: Array | None = None
+    room: int | None = struct.field(pytree_node=False, default=None)
 
     def order(self) -> tuple[Array, Array]:
-        """[B * N * K] indices of choices, sorted by expert, in the order of tokens within one; sizes [E]."""
+        """Indices of choices, sorted by expert, in the order of tokens within one, [B * N * K]; sizes [E]."""
         flat = self.expert.reshape(-1)
         sizes = (flat[:, None] == jnp.arange(self.experts)).sum(axis=0, dtype=jnp.int32)
         return jnp.argsort(flat, stable=True), sizes
 
     def dispatch(self, x: Array) -> tuple[Array, Array]:
-        """[B, N, D] -> rows [B * N * K, D] and the sizes of their groups, [E] int32.
+        """[B, N, D] -> rows [B * N * K, D], or [B * room, D], and the sizes of their groups, [E] int32.
 
         Raises: ShapeError for other tokens than the plan was made for, TokenLabError for experts that are concrete and
           not in 0..E.
@@ -194,17 +197,19 @@ class Sorted:
             raise ShapeError(f"dispatch: made for tokens {self.expert.shape[:2]}, got {x.shape[:2]}.")
         _check_experts(self.expert, self.experts)
         order, sizes = self.order()
+        if self.room is not None:
+            order = order[: self.room * len(x)]
         x = _rounded(x, self.transport)
         return x.reshape(-1, x.shape[-1])[order // self.expert.shape[-1]], sizes
 
     def combine(self, y: Array) -> Array:
-        """[B * N * K, D] -> [B, N, D]."""
+        """The experts' results for the rows of `dispatch` -> [B, N, D]."""
         order, sizes = self.order()
         batch, n, k = self.expert.shape
         y = _rounded(y, self.transport)
         there = jnp.arange(y.shape[0]) < sizes.sum()
         y = jnp.where(there[:, None], y, 0)
-        by_choice = y[jnp.argsort(order)].reshape(batch, n, k, -1)
+        by_choice = y.at[jnp.argsort(order)].get(mode="fill", fill_value=0).reshape(batch, n, k, -1)
         if self.boost is not None:  # the value is unchanged, bit for bit: what is added is 0
             still = jax.lax.stop_gradient(by_choice)
             by_choice = still + (by_choice - still) * self.boost[..., None].astype(y.dtype)

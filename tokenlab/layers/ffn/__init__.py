@@ -1,7 +1,8 @@
 """Feed-forward layers for `block(ffn=...)`: one module a file, found by its name.
 
 A file offers `ffn(defaults, **arguments) -> nn.Module`; the module maps [B, N, D] to [B, N, D], or to a pair of that
-and an `Aux` of losses and metrics. It is called as `module(x, valid=..., train=...)`.
+and an `Aux` of losses and metrics. It is called as `module(x, valid=..., train=...)`, and
+with `modality=...` too where it says `by_modality`.
 """
 
 from __future__ import annotations
