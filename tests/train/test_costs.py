@@ -81,3 +81,29 @@ def test_parameters_add_up(stack: str) -> None:
     assert table.total.forward_flops == forward_cost(built, TASK, DIGITS.spec).flops
     assert table.total.train_flops == train_cost(built, TASK, DIGITS.spec).flops
     assert "swiglu" in table.kinds or "swiglu" not in stack
+
+
+def test_what_stays_as_it_is_costs_no_gradient() -> None:
+    """Training the head alone: the forward pass, and both gradients of its product (its norm comes before that)."""
+    built = model("block*3")
+    cost = train_cost(built, TASK, DIGITS.spec, only=("head/*",))
+    assert cost.model_flops == forward_cost(built, TASK, DIGITS.spec).flops + 2 * 2 * D * CLASSES
+
+
+def test_active_parameters_of_experts_by_modality() -> None:
+    """A token meets one of four experts in either group, so a quarter of both groups' weights a token."""
+    from tokenlab.train.costs import active_parameters
+
+    built = models.build(
+        {
+            "name": "decoder_lm",
+            "size": "nano",
+            "stack": "block(ffn=moma(text=4, image=4, decide=topk))",
+            "leaks": True,
+        },
+        spec={"ids": ((16,), "int32"), "modality": ((16,), "int32")},
+        num_outputs=CLASSES,
+    )
+    total = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state()))
+    of_experts = 8 * 3 * D * F
+    assert active_parameters(built) == total - of_experts * 7 // 8

@@ -185,3 +185,30 @@ def test_decays_of_their_own_change_nothing_for_others() -> None:
             now, state = built.update(gradients, state, now, jnp.float32(1))
         steps.append(now["head"]["kernel"])
     np.testing.assert_allclose(steps[1], steps[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion"])
+def test_only_what_is_named_is_trained_and_remembered(name: str) -> None:
+    """The rest stays bit for bit, weight decay or not, and the optimizer holds no moments of it."""
+    built = optimizers.build(config(name=name, weight_decay=0.5, only=("items/*/router", "head/*")), steps=10)
+    params = some_params()
+    gradients = jax.tree.map(jnp.ones_like, params)
+    state = built.init(params)
+    after, state = built.update(gradients, state, params, jnp.float32(1))
+    changed = {
+        path_of(path)
+        for (path, new), old in zip(
+            jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(params), strict=True
+        )
+        if not np.array_equal(new, old)
+    }
+    assert changed == {"items/keep/score/router", "head/kernel", "head/bias"}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert shapes == {(3, 4, 2), (4, 3), (3,)}
+    assert "only items/*/router, head/*" in built.description
+
+
+def test_a_pattern_that_fits_nothing_is_told() -> None:
+    built = optimizers.build(config(only=("heads/*",)), steps=10)
+    with pytest.raises(ConfigError, match=r"config.optimizer.only has 'heads/\*', which fits no parameter"):
+        built.init(some_params())

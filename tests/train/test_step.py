@@ -268,3 +268,16 @@ def test_evaluation_counts_unmasked_rows_and_repeats_exactly() -> None:
     batch["image"][5:] = 1e3
     assert float(first["loss"][1]) == 5
     assert_equal(first, copied(run(params, batch, jnp.int32(0))))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_only_the_named_parameters_move_and_count_in_the_norm(accumulate: int) -> None:
+    step, state, _ = setup(only=("head/bias",), accumulate=accumulate)
+    before = jax.tree.map(np.asarray, state.params)
+    batch = some_batch()
+    whole = steps.loss_and_gradients(Linear(), Classify(), before, batch, jax.random.key(0))[2]
+    after, _ = step(state, batch)
+    np.testing.assert_array_equal(after.params["head"]["kernel"], before["head"]["kernel"])
+    assert not np.allclose(after.params["head"]["bias"], before["head"]["bias"])
+    norm, count = after.metrics["grad_norm"]
+    np.testing.assert_allclose(norm / count, np.linalg.norm(whole["head"]["bias"]), rtol=1e-5)

@@ -75,9 +75,9 @@ def cost_report(
     model = models.build(config.model, stack_vars=values, **facts)
     dense = models.build(config.model, stack=f"block*{model.program.depth}", **facts)
     title = f"{model.stack_text}: cost of one example of {source.name}, beside {dense.stack_text}"
-    rooflines = None
+    rooflines, only = None, config.optimizer.only
     if peaks is not None:
-        batch = cost_table(model, task, source.spec, config.batch_size)
+        batch = cost_table(model, task, source.spec, config.batch_size, only)
         rooflines = Rooflines(batch, config.batch_size, peaks, dtype)
-    tables = cost_table(model, task, source.spec), cost_table(dense, task, source.spec)
+    tables = cost_table(model, task, source.spec, only=only), cost_table(dense, task, source.spec)
     return CostReport(*tables, title, rooflines)

@@ -72,6 +72,8 @@ class OptimizerConfig:
         weight_decay: decay per step as a fraction of the learning rate, >= 0, of kernels only.
         decays: path -> decay in place of `weight_decay` for every parameter under it, kernel or not, such as
             {"head/classifier/kernel": 3.0}; the longest path counts.
+        only: patterns of paths such as "blocks/moma/auxiliary_*" or "head/*"; parameters that none of them fits stay as
+            they are, and nothing is computed or remembered for them. () = all are trained.
         clip: largest global gradient norm, > 0; None = not clipped.
         accumulate: microbatches per step, >= 1; it must divide `config.batch_size`.
         ema: decay in (0, 1) of the moving average of parameters that evaluation uses; None = none is kept.
@@ -83,6 +85,7 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     weight_decay: float = 0.05
     decays: Mapping[str, float] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
     clip: float | None = 1.0
     accumulate: int = 1
     ema: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,21 +52,24 @@ def forward_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> Cost
     return count(loss, model.abstract_state(), batch_shapes(spec, batch_size), _key())
 
 
-def train_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> Cost:
-    """Counted cost of loss and gradients, without the optimizer. Arguments as `forward_cost`."""
-    function = partial(loss_and_gradients, _Unrolled(model), task)
+def train_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1, only: Sequence[str] = ()) -> Cost:
+    """Counted cost of loss and gradients, without the optimizer.
+
+    Arguments as `forward_cost`; `only` are the patterns of the parameters that are trained, all by default.
+    """
+    function = partial(loss_and_gradients, _Unrolled(model), task, only=only)
     return count(function, model.abstract_state(), batch_shapes(spec, batch_size), _key())
 
 
-def cost_table(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> CostTable:
+def cost_table(model: Any, task: Any, spec: Spec, batch_size: int = 1, only: Sequence[str] = ()) -> CostTable:
     """Tokens, parameters and counted FLOPs of one example (or of a batch), forward and in training, a row a layer.
 
-    Arguments as `forward_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
+    Arguments as `train_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
     they are those its body sees. Rows are in the order of execution, "embed" first and "head" last.
     """
     steps = model.program.flat()
     kinds = (*KINDS, *sorted({s.block.ffn_name for s in steps if isinstance(s, BlockStep)} - set(KINDS)))
-    costs = forward_cost(model, task, spec, batch_size), train_cost(model, task, spec, batch_size)
+    costs = forward_cost(model, task, spec, batch_size), train_cost(model, task, spec, batch_size, only)
     return CostTable.from_costs(*costs, rows=_rows(model, steps), kinds=kinds)
 
 
@@ -100,7 +103,8 @@ def active_parameters(model: Any) -> int:
         if not isinstance(step, BlockStep) or not hasattr(step.block.ffn, "num_experts"):
             continue
         layer, kind = step.block.ffn, dict(step.kinds)["ffn"]
-        stacked = jax.tree.leaves(shapes[kind[0]][kind[1]]["experts"])  # [layers of this kind, E, ...]
+        own = shapes[kind[0]][kind[1]]  # a layer may hold several banks, each [layers of this kind, E, ...]
+        stacked = jax.tree.leaves([bank for name, bank in own.items() if name.startswith("experts")])
         of_experts = sum(math.prod(leaf.shape[1:]) for leaf in stacked)
         used = min(1.0, layer.experts_per_token(step.after) / layer.num_experts)
         total -= round(of_experts * (1 - used))

@@ -248,7 +248,7 @@ class Experiment:
         key = jax.eval_shape(lambda: jax.random.key(0))
         model = self.models[self.values(at)]
         return flops.count(
-            partial(step.loss_and_gradients, model, self.task),
+            partial(step.loss_and_gradients, model, self.task, only=self.optimizer.only),
             self.abstract_state.params,
             self.batch_shapes,
             key,
@@ -265,7 +265,9 @@ class Experiment:
             "grid": list(getattr(self.model, "grid", ())) or None,
             "optimizer": self.optimizer.description,
             "mesh": dict(self.mesh.shape),
-            "cost_table": costs.cost_table(self.model, self.task, self.source.spec).to_json(),
+            "cost_table": costs.cost_table(
+                self.model, self.task, self.source.spec, only=self.optimizer.only
+            ).to_json(),
         }
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,31 @@ def decays(params: Any, decay: float, others: Mapping[str, float]) -> Any:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
+def trained(params: Any, only: Sequence[str]) -> Any:
+    """Whether each parameter is trained: a tree of bools shaped like `params` (arrays or ShapeDtypeStructs).
+
+    Args:
+        only: patterns of paths, where * stands for any text; a parameter is trained when one of them fits. None of
+            them: all are.
+
+    Raises:
+        ConfigError: a pattern that fits no parameter.
+    """
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in only:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(
+                f"config.optimizer.only has {pattern!r}, which fits no parameter; expected patterns of paths, of which "
+                f"there are {', '.join(sorted(paths)[:4])}, ..., with * for any text.{suggest(pattern, paths)}"
+            )
+
+    def fits(path: Any, leaf: Any) -> bool:
+        del leaf
+        return not only or any(fnmatch.fnmatchcase(path_of(path), pattern) for pattern in only)
+
+    return jax.tree_util.tree_map_with_path(fits, params)
+
+
 def _under(path: str, name: str) -> bool:
     return f"{path}/".startswith(f"{name.strip('/')}/")
 
@@ -141,6 +167,7 @@ class Optimizer:
         accumulate: microbatches per step.
         ema_decay: decay of the moving average of parameters, or None.
         description: one line for people.
+        only: patterns of the parameters that are trained, see `trained`.
     """
 
     transform: optax.GradientTransformation
@@ -149,6 +176,7 @@ class Optimizer:
     accumulate: int
     ema_decay: float | None
     description: str
+    only: tuple[str, ...] = ()
 
     def init(self, params: Any) -> Any:
         """Optimizer state of `params` (works under `jax.eval_shape`)."""
@@ -230,10 +258,18 @@ def build(config: OptimizerConfig, steps: int) -> Optimizer:
         ) from error
     if (config.weight_decay or config.decays) and not native:
         transform = optax.chain(transform, _decoupled_decay(schedule, config.weight_decay, config.decays))
+    if config.only:
+        labels = lambda params: jax.tree.map(  # noqa: E731
+            lambda own: "trained" if own else "still", trained(params, config.only)
+        )
+        transform = optax.multi_transform({"trained": transform, "still": optax.set_to_zero()}, labels)
     parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps)]
     parts += [f"weight decay {config.weight_decay:g}"] if config.weight_decay else []
     parts += [f"{decay:g} of {path}" for path, decay in config.decays.items()]
+    parts += [f"only {', '.join(config.only)}"] if config.only else []
     parts += [f"clipped at {config.clip:g}"] if config.clip is not None else []
     parts += [f"{config.accumulate} microbatches"] if config.accumulate > 1 else []
     parts += [f"moving average {config.ema:g}"] if config.ema is not None else []
-    return Optimizer(transform, schedule, config.clip, config.accumulate, config.ema, "; ".join(parts))
+    return Optimizer(
+        transform, schedule, config.clip, config.accumulate, config.ema, "; ".join(parts), tuple(config.only)
+    )

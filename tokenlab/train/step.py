@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from tokenlab.core.errors import ConfigError
-from tokenlab.train.optimizer import Optimizer
+from tokenlab.train.optimizer import Optimizer, trained
 from tokenlab.train.state import Health, Metrics, TrainState, base_key, checked_inputs
 
 Batch = Mapping[str, Array]
@@ -32,7 +32,7 @@ class Report:
 
 
 def loss_and_gradients(
-    model: Any, task: Any, params: Any, batch: Batch, rng: Array
+    model: Any, task: Any, params: Any, batch: Batch, rng: Array, *, only: Sequence[str] = ()
 ) -> tuple[Array, Metrics, Any]:
     """Loss, metrics and gradients of one batch; what a training step costs is counted on this function.
 
@@ -42,12 +42,16 @@ def loss_and_gradients(
         params: f32 parameters.
         batch: name -> [B, ...].
         rng: typed key of this step.
+        only: patterns of the parameters that are trained, see `tokenlab.train.optimizer.trained`; of the others the
+            gradient is zero, and what would be needed for it alone is not computed.
 
     Returns:
         Loss (f32 scalar), metrics, gradients like `params`.
     """
+    moving = trained(params, only)
 
     def loss(params: Any) -> tuple[Array, Metrics]:
+        params = jax.tree.map(lambda leaf, own: leaf if own else jax.lax.stop_gradient(leaf), params, moving)
         return task.loss(model, params, batch, rng=rng, train=True)
 
     (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -55,7 +59,14 @@ def loss_and_gradients(
 
 
 def accumulated(
-    model: Any, task: Any, params: Any, batch: Batch, rng: Array, microbatches: int, pin: Callable[[Any], Any]
+    model: Any,
+    task: Any,
+    params: Any,
+    batch: Batch,
+    rng: Array,
+    microbatches: int,
+    pin: Callable[[Any], Any],
+    only: Sequence[str] = (),
 ) -> tuple[Array, Metrics, Any]:
     """`loss_and_gradients`, one microbatch after the other, at the memory of one microbatch.
 
@@ -67,6 +78,7 @@ def accumulated(
         microbatches: A >= 2; it divides B. Microbatch i holds rows i, i + A, i + 2A, ..., which leaves each row on
             the device where it is.
         pin: constrains the sharding of the sum of gradients.
+        only: as in `loss_and_gradients`.
     """
     parts = jax.tree.map(
         lambda leaf: jnp.moveaxis(
@@ -78,7 +90,7 @@ def accumulated(
     def add(carry: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
         index, rows = part
         loss, metrics, gradients = loss_and_gradients(
-            model, task, params, rows, jax.random.fold_in(rng, index)
+            model, task, params, rows, jax.random.fold_in(rng, index), only=only
         )
         weight = metrics["loss"][1]
         weighted = (loss * weight, jax.tree.map(lambda leaf: leaf * weight, gradients))
@@ -150,10 +162,12 @@ def train_step(
     """
     rng = jax.random.fold_in(base_key(state.key), state.step)
     if optimizer.accumulate == 1:
-        loss, metrics, gradients = loss_and_gradients(model, task, state.params, batch, rng)
+        loss, metrics, gradients = loss_and_gradients(
+            model, task, state.params, batch, rng, only=optimizer.only
+        )
     else:
         loss, metrics, gradients = accumulated(
-            model, task, state.params, batch, rng, optimizer.accumulate, pin
+            model, task, state.params, batch, rng, optimizer.accumulate, pin, optimizer.only
         )
     gradients = pin(gradients)
     squares = [_sum_of_squares(leaf) for leaf in jax.tree.leaves(gradients)]
