@@ -108,3 +108,72 @@ def test_from_a_dense_run_to_one_with_experts(tmp_path, layer):
     config.init_from.update(path=str(tmp_path / "dense"), upcycle=True, upcycle_noise=0.01)
     found = train.run(config, tmp_path / "upcycled")
     assert found["validation"]["loss"] < fresh["validation"]["loss"] - 0.2
+
+
+LM = {"ids": ((12,), "int32"), "modality": ((12,), "int32")}
+
+
+def decoder(stack):
+    return models.build({"name": "decoder_lm", "size": "nano", "stack": stack}, spec=LM, num_outputs=9)
+
+
+@pytest.mark.parametrize("start", ["block*2", "block(ffn=moma(text=1, image=1))*2"])
+def test_experts_of_a_modality_are_copies_of_its_one(start):
+    """Or of the dense layer, where the model did not tell modalities apart."""
+    source, target = decoder(start), decoder("block(ffn=moma(text=4, image=2))*2")
+    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    shapes = target.abstract_state()
+    made, fresh = upcycle(state, target.program, shapes)
+    assert {*made, *fresh} == set(flat(shapes))
+    assert fresh and all("/router_" in path or "/auxiliary_" in path for path in fresh)
+    blocks = state["blocks"]
+    for name, count in (("text", 4), ("image", 2)):
+        for part in ("gate", "up", "down"):
+            found = made[f"blocks/moma/experts_{name}/{part}/kernel"]
+            old = (
+                blocks["moma"][f"experts_{name}"][part]["kernel"]
+                if "moma" in blocks
+                else blocks["swiglu"][part]["kernel"][:, None]
+            )
+            np.testing.assert_array_equal(found, np.repeat(old, count, axis=1))
+
+
+def test_an_upcycled_layer_begins_as_its_seed_times_the_score():
+    """Routers of zeros score one half everywhere; with as many places as tokens all experts take all."""
+    stack = "block(ffn=moma(text={0}, image={0}, slack=2.0{1}))*2"
+    source, target = decoder(stack.format(1, "")), decoder(stack.format(2, ", capacity=2.0"))
+    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    made, _ = upcycle(state, target.program, target.abstract_state())
+    seed, layer = source.program.flat()[0].block.ffn, target.program.flat()[0].block.ffn
+    x = jax.random.normal(jax.random.key(1), (2, 12, 16))
+    ids = np.arange(24).reshape(2, 12) % 2
+    params = {
+        f"experts_{name}": {
+            part: {"kernel": made[f"blocks/moma/experts_{name}/{part}/kernel"][0]}
+            for part in ("gate", "up", "down")
+        }
+        for name in ("text", "image")
+    }
+    routers = {
+        f"{kind}_{name}{end}": np.zeros(shape, np.float32)
+        for name in ("text", "image")
+        for kind, end, shape in (
+            ("router", "", (16, 2)),
+            ("auxiliary", "_in", (16, 8)),
+            ("auxiliary", "_out", (8, 2)),
+        )
+    }
+    one = jax.tree.map(lambda leaf: leaf[0], state["blocks"]["moma"])
+    wanted, _ = seed.apply({"params": one}, x, modality=jax.numpy.asarray(ids), train=True)
+    found, _ = layer.apply({"params": {**params, **routers}}, x, modality=jax.numpy.asarray(ids), train=True)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)  # two experts at one half each
+
+
+def test_more_experts_than_one_are_no_seed():
+    source, target = (
+        decoder("block(ffn=moma(text=2, image=1))*2"),
+        decoder("block(ffn=moma(text=4, image=2))*2"),
+    )
+    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    with pytest.raises(CheckpointError, match="no layer like that in each of its 2 blocks"):
+        upcycle(state, target.program, target.abstract_state())

@@ -4,6 +4,9 @@ Every expert of block k begins as a copy of the dense feed-forward layer of bloc
 and shared experts begin anew; all else is taken as it is. A rule on the state alone: what the experts of a kind look
 like says which dense layer they come from.
 
+A layer with a single expert for each modality (`moma(text=1, image=1)`) is a dense layer for each: more experts of a
+modality begin as copies of its one (Lin et al. 2024, arXiv 2407.21770, section 3.5).
+
 Copies compute what the dense layer computes, times the weights that the router gives them: Soft MoE mixes tokens first,
 and hard routers multiply by gates below 1. So the model starts near the dense one, not at it.
 """
@@ -21,7 +24,7 @@ from tokenlab.layers.program import Program
 from tokenlab.models.state import flat
 
 BANK = "experts"
-"""Name of the parameters of a bank under its layer."""
+"""What the names of the parameters of a bank begin with under its layer."""
 
 
 def upcycle(
@@ -58,12 +61,13 @@ def upcycle(
         for (group, name), found in program.kinds.items()
         if group == "blocks"
     }
-    layers = {path.split("/")[1] for path in want if path.startswith("blocks/") and f"/{BANK}/" in path}
+    layers = {path.split("/")[1] for path in want if path.startswith("blocks/") and f"/{BANK}" in path}
     if not layers:
         raise CheckpointError(
             f"config.init_from.upcycle: the stack {program.stack.text!r} has no experts; leave it out."
         )
-    dense = {name: _source(name, want, have, program.depth, source) for name in layers}
+    single = {name for name in layers if _single(name, want, have)}
+    dense = {name: _source(name, want, have, program.depth, source) for name in layers - single}
     rng = np.random.default_rng(seed)
     made: dict[str, np.ndarray] = {}
     fresh: list[str] = []
@@ -71,11 +75,14 @@ def upcycle(
         parts = path.split("/")
         kind = parts[1] if parts[0] == "blocks" else ""
         if kind in layers:
-            if parts[2] != BANK:
+            if not parts[2].startswith(BANK):
                 fresh.append(path)
                 continue
-            old = np.asarray(have["/".join(["blocks", dense[kind], *parts[3:]])])[kinds[kind]]
-            copies = np.broadcast_to(old[:, None], tuple(leaf.shape)).copy()
+            if kind in single:
+                old = np.asarray(have[path])
+            else:
+                old = np.asarray(have["/".join(["blocks", dense[kind], *parts[3:]])])[kinds[kind]][:, None]
+            copies = np.broadcast_to(old, tuple(leaf.shape)).copy()
             if noise:
                 copies += noise * old.std() * rng.standard_normal(copies.shape).astype(copies.dtype)
             made[path] = copies
@@ -91,11 +98,21 @@ def upcycle(
     return made, tuple(fresh)
 
 
+def _single(layer: str, want: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
+    """Whether the same layer is there with banks of one expert (or as many as are wanted), in as many blocks."""
+    start = f"blocks/{layer}/{BANK}"
+    banks = {path: tuple(leaf.shape) for path, leaf in want.items() if path.startswith(start)}
+    return all(
+        path in have and tuple(have[path].shape) in (shape, (shape[0], 1, *shape[2:]))
+        for path, shape in banks.items()
+    )
+
+
 def _source(layer: str, want: Mapping[str, Any], have: Mapping[str, Any], depth: int, source: str) -> str:
     """The dense layer, one in every block, whose parameters have the shapes of this layer's experts."""
-    start = f"blocks/{layer}/{BANK}/"
+    start = f"blocks/{layer}/{BANK}"
     shapes = {
-        path.removeprefix(start): tuple(leaf.shape[2:])
+        path.removeprefix(start).partition("/")[2]: tuple(leaf.shape[2:])
         for path, leaf in want.items()
         if path.startswith(start)
     }

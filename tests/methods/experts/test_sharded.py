@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tokenlab import GRIN, Dropless, ExpertsChoice, SoftMoE, TokensChoice, models
+from tokenlab import GRIN, Dropless, ExpertsChoice, MoMa, SoftMoE, TokensChoice, models
 from tokenlab.core.errors import TokenLabError
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.ops import exchange
@@ -28,6 +28,7 @@ LAYERS = {
     "experts_choice": ExpertsChoice(E, capacity=2.0, expert=MLP(F)),
     "dropless": Dropless(E, k=2, expert=MLP(F)),
     "grin": GRIN(E, r=0.3, expert=MLP(F)),
+    "moma": MoMa(text=E, image=E, capacity=2.0, noise=1.0, expert=MLP(F)),
 }
 MESHES = (
     {"data": 2, "expert": 4},
@@ -36,13 +37,15 @@ MESHES = (
 )
 X = jax.random.normal(jax.random.key(1), (B, N, D))
 COTANGENT = jax.random.normal(jax.random.key(2), X.shape)
+MODALITY = jnp.asarray(np.arange(B * N).reshape(B, N) * 7 // 3 % 2, jnp.int32)
 
 
-def gradients(layer, params, x):
+def gradients(layer, params, x, train=True):
     """Output, and gradients of it in one direction and of all losses; in training, so with noise."""
+    more = {"modality": MODALITY} if getattr(layer, "by_modality", False) else {}
 
     def total(params, x):
-        y, aux = layer.apply({"params": params}, x, train=True, rngs={"ffn": KEY})
+        y, aux = layer.apply({"params": params}, x, train=train, rngs={"ffn": KEY}, **more)
         return (y * COTANGENT).sum() + 10 * sum(aux.losses.values()), y
 
     (_, y), found = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
@@ -54,14 +57,16 @@ def start(layer):
     return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(KEY, leaf.shape), params)
 
 
-def compiled(layer, params, sizes):
+def compiled(layer, params, sizes, train=True):
     """The compiled function, its mesh, and what it takes, placed on the mesh."""
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     places = shardings(params, layer.axes(), mesh)
     rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"]))
     with jax.set_mesh(mesh):
         run = jax.jit(
-            partial(gradients, layer), in_shardings=(places, rows), out_shardings=(rows, (places, rows))
+            partial(gradients, layer, train=train),
+            in_shardings=(places, rows),
+            out_shardings=(rows, (places, rows)),
         )
         given = jax.device_put(params, places), jax.device_put(X, rows)
         return run.lower(*given).compile(), mesh, given
@@ -82,7 +87,8 @@ def test_equal_to_one_device_and_tokens_travel_instead_of_weights(name, sizes):
     moved = [each for each in collectives(run) if each.crosses(mesh, ("expert",))]
     exchanged = [each for each in moved if each.kind == "all-to-all"]
     assert len(exchanged) >= 4, [str(each) for each in moved]  # there and back, forward and backward
-    weights = {tuple(leaf.shape[1:]) for leaf in jax.tree.leaves(params["experts"])}
+    banks = [bank for name, bank in params.items() if name.startswith("experts")]
+    weights = {tuple(leaf.shape[1:]) for leaf in jax.tree.leaves(banks)}
     for each in moved:
         if each.kind in ("all-gather", "all-to-all", "collective-permute"):
             ends = {shape[-2:] for shape in each.shapes} | {
@@ -91,6 +97,16 @@ def test_equal_to_one_device_and_tokens_travel_instead_of_weights(name, sizes):
             assert not ends & weights, f"weights of experts move: {each}"
         if each.kind == "all-reduce":  # gradients of what every device holds: the router
             assert not {shape[-2:] for shape in each.shapes} & weights, f"weights of experts move: {each}"
+
+
+def test_auxiliary_routers_decide_as_on_one_device():
+    """Outside training tokens choose, and go to experts elsewhere in rows of another kind."""
+    layer = LAYERS["moma"]
+    params = start(layer)
+    expected = jax.jit(partial(gradients, layer, train=False))(params, X)
+    run, mesh, given = compiled(layer, params, {"data": 2, "expert": 4}, train=False)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), run(*given), expected)
+    assert any(each.kind == "all-to-all" and each.crosses(mesh, ("expert",)) for each in collectives(run))
 
 
 def test_each_device_holds_its_experts_alone():
