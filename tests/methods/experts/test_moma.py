@@ -415,3 +415,31 @@ def test_bad_input():
         BOTH.clone(weight=0.0).apply({"params": params}, X, modality=IDS)
     with pytest.raises(ShapeError, match="a router takes tokens"):
         run(X.astype(jnp.int32), modality=IDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("execution", ["unroll", "scan"])
+def test_lanes_are_made_once_a_step_and_serve_every_layer(execution):
+    """XLA keeps one of those that the layers make, and takes it out of the loop over layers."""
+
+    def made(layers):
+        built = model(f"block(ffn=moma(text=2, image=2))*{layers}", training=True, execution=execution)
+        shapes = dict.fromkeys(("ids", "modality"), jax.ShapeDtypeStruct((2, N), jnp.int32))
+
+        def gradient(state, batch):
+            return jax.grad(lambda s: built.apply(s, batch, train=True, rng=jax.random.key(0)).logits.sum())(
+                state
+            )
+
+        text = jax.jit(gradient).lower(built.abstract_state(), shapes).compile().as_text()
+        where, found = "", []
+        for line in text.splitlines():
+            if line.endswith("{") and not line.startswith(" "):
+                where = line.split(" (")[0]
+            if "/lanes/" in line and "cumsum" in line:
+                found.append(where)
+        return found
+
+    two, four = made(2), made(4)
+    assert two and len(four) == len(two)
+    assert all("ENTRY" in where or "wrapped" in where or "fused" in where for where in four), four
