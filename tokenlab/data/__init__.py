@@ -8,6 +8,13 @@ from typing import Any
 from tokenlab.core import config as core_config
 from tokenlab.core import names
 from tokenlab.data.dataset import Dataset
+from tokenlab.data.image_text import (
+    ImageTextConfig,
+    ImageTextSource,
+    ImageTextVocabulary,
+    WithoutExamples,
+    saved,
+)
 from tokenlab.data.loader import Prefetch
 from tokenlab.data.pipeline import TrainStream, eval_batches, num_eval_batches
 from tokenlab.data.source import (
@@ -30,6 +37,9 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Dataset",
+    "ImageTextConfig",
+    "ImageTextSource",
+    "ImageTextVocabulary",
     "Prefetch",
     "Records",
     "Source",
@@ -79,13 +89,16 @@ def source_of(config: Mapping[str, Any]) -> Source:
 def without_examples(config: Mapping[str, Any]) -> Any:
     """What a model must know of the data: of text `name`, `spec`, `tokenizer` and `vocab_size`, and no file is read.
 
-    Other data, and text whose tokenizer is yet to be trained on it, are built.
+    So it is of pictures and text whose vocabulary a run has kept. Other data, and text whose tokenizer is yet to be
+    trained on it, are built.
 
     Raises: as `build`.
     """
     resolved = resolve(config)
     if isinstance(resolved, TextConfig) and not resolved.tokenizer.startswith("bpe("):
         return Vocabulary(resolved)
+    if isinstance(resolved, ImageTextConfig) and (kept := saved(resolved.tokenizer)):
+        return WithoutExamples(resolved, kept)
     return build(config)
 
 

@@ -20,6 +20,7 @@ class Purpose(enum.IntEnum):
     ORDER = 2
     AUGMENT = 3
     MIXTURE = 4
+    PACKING = 5
 
 
 def check_seed(seed: int) -> int:

@@ -15,6 +15,7 @@ from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, DataError, NameLookupError, suggest
 from tokenlab.core.files import check_writable
 from tokenlab.data import pixels, prepared, source_of
+from tokenlab.data.image_text import show as image_text_show
 from tokenlab.data.source import ENCODED, Source, check_split
 from tokenlab.data.text import show as text_show
 from tokenlab.data.text.ngram import MOST_ORDER
@@ -174,7 +175,7 @@ def show_source(
     """Print `lines`, what a source holds, and its first texts; of pictures draw a contact sheet instead.
 
     Args:
-      source: of pictures or of text.
+      source: of pictures, of text, or of rows of both.
       lines: what to say first.
       png, split: see `run`.
 
@@ -185,11 +186,12 @@ def show_source(
     if split is None:
         split = "train" if "train" in source.splits else next(iter(source.splits))
     check_split(source, split)
-    if text_show.is_text(source):
-        if png is not None:
-            raise ConfigError(f"data show: --png is for pictures, and source {source.name!r} holds text.")
-        print("\n".join([*lines, *text_show.show_lines(source, split)]))
-        return
+    for shown in (text_show, image_text_show):
+        if shown.is_text(source):
+            if png is not None:
+                raise ConfigError(f"data show: --png is for pictures, and source {source.name!r} holds text.")
+            print("\n".join([*lines, *shown.show_lines(source, split)]))
+            return
     target = Path(png or f"{source.name.replace('/', '-')}.png")
     check_writable(target, "--png")
     sample = _sample(source, split)
@@ -199,7 +201,7 @@ def show_source(
 
 
 def _source_lines(source: Source, note: str = "") -> list[str]:
-    if text_show.is_text(source):  # more is said of each split
+    if text_show.is_text(source) or image_text_show.is_text(source):  # more is said of each split
         return [f"{source.name}{note}"]
     counts = ", ".join(f"{each} {count:,}" for each, count in source.splits.items())
     lines = [f"{source.name}{note}", f"  splits    {counts}"]

@@ -27,11 +27,12 @@ class Config(TextConfig):
 
 def build(config: Config) -> TextSource:
     """The plays, one document a split."""
-    return TextSource("shakespeare", {split: [text] for split, text in _texts().items()}, config)
+    return TextSource("shakespeare", {split: [text] for split, text in texts().items()}, config)
 
 
 @functools.cache
-def _texts() -> dict[str, str]:
+def texts() -> dict[str, str]:
+    """The text of each split."""
     text = lzma.decompress(FILE.read_bytes()).decode("ascii")
     found, start = {}, 0
     for split, size in SPLITS.items():

@@ -74,18 +74,23 @@ def build(config: Config) -> TextSource:
       DataError: a pattern matches no file, a file is of another kind, cannot be read or is in two splits, or a split
         has no document.
     """
+    name, found = documents(config)
+    return TextSource(name, found, config)
+
+
+def documents(config: Config) -> tuple[str, dict[str, list[str]]]:
+    """A name for the documents of `config.files`, and the documents by split; raises as `build`."""
     by_split = isinstance(config.files, Mapping)
     patterns = dict(config.files) if by_split else {"": config.files}
     found = {split: _matching(split, given) for split, given in patterns.items()}
     _check(found, config)
-    documents = {
+    texts = {
         split: [text for path in paths for text in _documents(path, config)] for split, paths in found.items()
     }
     if not by_split:
-        documents = shared_out(documents[""], config.fractions or FRACTIONS)
+        texts = shared_out(texts[""], config.fractions or FRACTIONS)
     names = sorted({Path(path).name for paths in found.values() for path in paths})
-    name = f"text {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    return TextSource(name, documents, config)
+    return f"text {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""), texts
 
 
 def shared_out(documents: Sequence[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:

@@ -45,8 +45,8 @@ class Counts:
 
 
 def is_text(source: Source) -> bool:
-    """Whether its examples are text."""
-    return getattr(source, "tokenizer", None) is not None
+    """Whether its examples are text and nothing else."""
+    return getattr(source, "tokenizer", None) is not None and "modality" not in source.spec
 
 
 def count(source: Source, split: str) -> Counts:
@@ -83,8 +83,8 @@ def show_lines(source: Source, split: str) -> list[str]:
     for name in source.splits:
         found = count(source, name)
         lines.append(
-            f"  {name:<{width}}  {_many(found.examples, 'example')} of {_many(found.documents, 'document')}; "
-            f"{_many(found.targets, 'target')}, {found.num_bytes / max(found.targets, 1):.2f} bytes each; "
+            f"  {name:<{width}}  {many(found.examples, 'example')} of {many(found.documents, 'document')}; "
+            f"{many(found.targets, 'target')}, {found.num_bytes / max(found.targets, 1):.2f} bytes each; "
             f"{found.padding:.1%} padding"
         )
     lines.append(f"  first examples of {split!r}")
@@ -97,14 +97,18 @@ def show_lines(source: Source, split: str) -> list[str]:
 def _example_lines(source: Source, number: int, record: dict[str, Any]) -> Iterator[str]:
     pieces = _pieces(record, source.tokenizer.end)
     used = int((record["segment"] > 0).sum())
-    yield f"    {number}: {used} tokens, {_many(len(pieces), 'document')}"
+    yield f"    {number}: {used} tokens, {many(len(pieces), 'document')}"
     for piece in pieces[:PIECES]:
-        text = repr(source.tokenizer.decode(record["ids"][piece]))
-        shown = text if len(text) <= WIDTH else f"{text[: WIDTH - 30]} ... {text[-25:]}"
+        shown = shortened(repr(source.tokenizer.decode(record["ids"][piece])))
         ends = source.tokenizer.end in record["target"][piece] * (record["weight"][piece] > 0)
         yield f"      {piece.stop - piece.start:>5}  {shown}{'  and its end' if ends else ''}"
     if len(pieces) > PIECES:
         yield f"      ... and {len(pieces) - PIECES} more"
+
+
+def shortened(text: str) -> str:
+    """A text, or of one that is too long for a line its beginning and its end."""
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 30]} ... {text[-25:]}"
 
 
 def _pieces(record: dict[str, Any], end: int) -> list[slice]:
@@ -141,5 +145,6 @@ def ngram_lines(source: Source, split: str, order: int) -> list[str]:
     return lines + [f"  {n:>5}  {each:>13.3f}" for n, each in enumerate(bits, 1)]
 
 
-def _many(number: int, what: str) -> str:
+def many(number: int, what: str) -> str:
+    """ "1 example", "1,234 examples"."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")

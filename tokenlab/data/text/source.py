@@ -39,17 +39,22 @@ class TextConfig(DataConfig):
         super().__post_init__()
         if self.length < 2:
             raise ConfigError(f"config.data.length is {self.length}; expected at least 2 tokens.")
-        for key in ("transform", "eval_transform"):
-            if getattr(self, key) is not None:
-                raise ConfigError(
-                    f"config.data.{key} is {getattr(self, key)!r}; it is done to images, of which text has none: leave "
-                    "it out."
-                )
-        if self.corrupt != "stop":
+        check_unchanged(self, "text")
+
+
+def check_unchanged(config: DataConfig, what: str) -> None:
+    """Raise a ConfigError where `config` asks to change images or to leave records out: `what` is read whole."""
+    for key in ("transform", "eval_transform"):
+        if getattr(config, key) is not None:
             raise ConfigError(
-                f"config.data.corrupt is {self.corrupt!r}; expected 'stop', as text is read before the run begins: "
-                "nothing of it is left out in silence."
+                f"config.data.{key} is {getattr(config, key)!r}; it is done to images, of which {what} has none: leave "
+                "it out."
             )
+    if config.corrupt != "stop":
+        raise ConfigError(
+            f"config.data.corrupt is {config.corrupt!r}; expected 'stop', as {what} is read before the run begins: "
+            "nothing of it is left out in silence."
+        )
 
 
 class Vocabulary:
@@ -131,7 +136,7 @@ class TextSource:
 
     def _read(self, split: str, texts: Sequence[str], config: TextConfig) -> TextRecords:
         try:
-            tokens, sizes = _joined(self.tokenizer, texts)
+            tokens, sizes = joined(self.tokenizer, texts)
         except DataError as error:
             raise DataError(f"source {self.name!r}, split {split!r}: {error}") from error
         packed = PACKINGS[config.packing](sizes, config.length)
@@ -203,7 +208,7 @@ class TextRecords:
                     yield self._tokenizer.decode(tokens[begin:end])
 
 
-def _joined(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def joined(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """All documents, each followed by its end [T], as uint16 where that holds every id; and the size of each, int64."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     end = np.array([tokenizer.end], dtype)

@@ -128,7 +128,7 @@ class ByteTokenizer:
 
     def to_bytes(self, ids: Ids) -> bytes:
         """See `Tokenizer.to_bytes`."""
-        ids = _checked_ids(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return ids[ids < NUM_BYTES].astype(np.uint8).tobytes()
 
     def decode(self, ids: Ids) -> str:
@@ -235,7 +235,7 @@ class HuggingFaceTokenizer:
 
     def to_bytes(self, ids: Ids) -> bytes:
         """See `Tokenizer.to_bytes`."""
-        return b"".join(map(self._pieces.__getitem__, _checked_ids(ids, self.vocab_size).tolist()))
+        return b"".join(map(self._pieces.__getitem__, checked_ids(ids, self.vocab_size).tolist()))
 
     def decode(self, ids: Ids) -> str:
         """See `Tokenizer.decode`."""
@@ -360,7 +360,8 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _checked_ids(ids: Ids, vocab_size: int) -> np.ndarray:
+def checked_ids(ids: Ids, vocab_size: int) -> np.ndarray:
+    """The ids as int64 [T]. Raises DataError for one outside [0, V)."""
     ids = np.asarray(ids, np.int64).reshape(-1)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
