@@ -14,7 +14,7 @@ from tokenlab.train import default_config
 def get_config(stack: str = "block*4") -> ConfigDict:
     """The run; `stack` is an expression."""
     config = default_config(model="decoder_lm", task="mixed_next_token", data="image_text")
-    config.steps = 1500
+    config.steps = 1000
     config.batch_size = 16
     config.log_every = 50
     config.eval_every = 500

@@ -102,6 +102,25 @@ def test_packed_documents_equal_each_alone(stack):
     assert model.batch_spec(4).keys() == packed.keys()
 
 
+def test_tokens_know_their_modality(monkeypatch):
+    """As the batch says it; None where it says nothing."""
+    model, state, _ = ready("block + mod(keep=0.5)(block)")
+    seen = []
+    run = type(model).run
+    monkeypatch.setattr(
+        type(model),
+        "run",
+        lambda self, state, tokens, *a, **k: seen.append(tokens) or run(self, state, tokens, *a, **k),
+    )
+    ids = decoders.ids(B, N)
+    modality = (ids % 2).astype(np.int32)
+    shapes = jax.eval_shape(model.apply, state, {"ids": ids, "modality": modality})
+    assert shapes.logits.shape == (B, N, model.num_outputs)
+    assert seen[0].modality.shape == (B, N)
+    jax.eval_shape(model.apply, state, {"ids": ids})
+    assert seen[1].modality is None
+
+
 def test_what_stands_in_padding_changes_nothing():
     _, state, logits = ready("block + mod(keep=0.5)(block)")
     ids = decoders.ids(B, N)
