@@ -23,13 +23,14 @@ def test_counts_and_rows() -> None:
         .split(maxsplit=1)[1]
         .startswith("22 examples of 22 pictures, 16.7% of the tokens codes; 440 targets")
     )
+    assert lines[1].endswith("% of the texts") and not lines[1].endswith("0.0% of the texts")
     assert lines[3] == "  first examples of 'dev'"
     text = "\n".join(lines)
     assert text.count("24 tokens, 4 codes") == 3 and text.count("<2x2 image>") == 3
     assert "'tiny'  and its end" in text
     # A slice shows the same rows.
     part = show.show_lines(sliced(source, {"dev": "dev[1:]"}), "dev")
-    assert part[3:][0].startswith("    0: 24 tokens")
+    assert part[3].startswith("    0: 24 tokens") and part[1].endswith("bytes each")
 
 
 def test_the_command(

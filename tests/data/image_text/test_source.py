@@ -129,9 +129,15 @@ class TestExamples:
             np.testing.assert_array_equal(apart[key], joined[key])
         assert (joined["segment"] == 1).all() and (joined["position"] == np.arange(N)).all()
         assert apart["segment"].max() > 1
-        # Ends are what is left to tell documents apart.
-        record = made(isolate=False).split("train")[0]
-        assert sum(document.tokens for document in documents(record, source.tokenizer)) == N
+
+    def test_ends_tell_the_documents_of_one_segment_apart(self, source: ImageTextSource) -> None:
+        records = made(isolate=False).split("train")
+        for row in range(len(records)):
+            record = records[row]
+            found = documents(record, source.tokenizer)
+            assert sum(document.tokens for document in found) == N
+            assert all(document.ends for document in found[:-1])
+            assert len(found) == (record["target"] == END).sum() + (record["target"][-1] != END)
 
     def test_two_pictures_of_a_row_are_of_different_pairs(self, pairs: ImageTextSource) -> None:
         assert pairs.splits == {"train": 11, "dev": 4}

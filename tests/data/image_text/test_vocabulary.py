@@ -37,8 +37,9 @@ def test_where_ids_stand(known: ImageTextVocabulary) -> None:
         259,
         264,
     )
-    assert known.picture(CODES).tolist() == [257, 259, 260, 261, 263, 262, 259, 258]
-    assert known.picture(CODES).dtype == np.int32
+    both = known.pictures(np.stack([CODES, CODES[::-1]]).astype(np.uint16))
+    assert both[0].tolist() == [257, 259, 260, 261, 263, 262, 259, 258]
+    assert both[1].tolist() == [257, 263, 262, 259, 259, 260, 261, 258] and both.dtype == np.int32
     ids = np.arange(known.vocab_size)
     assert known.modality(ids).tolist() == [0] * 259 + [1] * 5 and known.modality(ids).dtype == np.int32
     assert known.byte_lengths.tolist() == [1] * 256 + [0] * 8
@@ -47,7 +48,10 @@ def test_where_ids_stand(known: ImageTextVocabulary) -> None:
 
 def test_text_and_pictures_come_back(known: ImageTextVocabulary, of_bpe: ImageTextVocabulary) -> None:
     for vocabulary in (known, of_bpe):
-        ids = [*vocabulary.encode("the cat"), *vocabulary.picture(CODES), *vocabulary.picture(CODES[::-1])]
+        ids = [
+            *vocabulary.encode("the cat"),
+            *vocabulary.pictures(np.stack([CODES, CODES[::-1]])).reshape(-1),
+        ]
         parts = vocabulary.parts([*ids, vocabulary.end, *vocabulary.encode(" sat")])
         assert [part if isinstance(part, str) else part.tolist() for part in parts] == [
             "the cat", CODES.tolist(), CODES[::-1].tolist(), " sat",
@@ -119,8 +123,8 @@ def test_damaged_files(change: dict[str, Any], message: str, known: ImageTextVoc
 
 def test_what_is_no_picture_and_no_id(known: ImageTextVocabulary) -> None:
     for wrong in (CODES[:1], CODES + 1, CODES - 1):
-        with pytest.raises(DataError, match=r"a picture has codes .*; expected \[2, 3\] from 0 to 4"):
-            known.picture(wrong)
+        with pytest.raises(DataError, match=r"pictures have codes .*; expected \[n, 2, 3\] from 0 to 4"):
+            known.pictures(wrong[None])
     for call in (known.parts, known.decode, known.to_bytes):
         with pytest.raises(DataError, match="id 264 is no token; expected 0 to 263"):
             call([264])

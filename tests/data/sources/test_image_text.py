@@ -130,7 +130,7 @@ def test_a_kept_vocabulary_needs_neither_pictures_nor_text(source: data.Dataset,
     ("config", "message"),
     [
         ({"length": 84}, "config.data.length is 84, and 1 pictures .* take up to 85 tokens"),
-        ({"pictures": "emoji", "size": 8}, "config.data.size is 8; emoji come in 64, 32, 16"),
+        ({"pictures": "emoji", "size": 8}, "config.data.size is 8.*expected one of 64, 32, 16"),
         ({"size": 9}, "config.data.size is 9, and pictures of source 'digits' are 8 x 8"),
         ({"pictures": "cats"}, "config.data.pictures is 'cats'.*'digits', 'emoji', 'fashion_mnist'"),
         ({"packing": "fit"}, "has no key 'packing'"),
@@ -165,5 +165,5 @@ def test_the_real_fashion_mnist() -> None:
     if not folder or not Path(folder, "fashion_mnist").is_dir():
         pytest.skip(f"{prepared.DATA_DIR_VARIABLE} names no folder with fashion_mnist")
     source = data.source_of({**image_text.PICTURES["fashion_mnist"]})
-    assert image_text.captions_of("fashion_mnist", source, "validation")[:1] != ()
+    assert len(image_text.captions_of("fashion_mnist", source, "validation")) == 5000
     assert set(image_text.captions_of("fashion_mnist", source, "test")) == set(source.class_names)

@@ -55,9 +55,11 @@ def _counts(source: Source, split: str) -> str:
         targets += batch["target"].size
         of_text += int((batch["target_modality"] == TEXT).sum())
         num_bytes += float(batch["bytes"].sum(dtype=np.float64))
+    read = getattr(records, "text_read", None)  # of a whole split it is known
+    of_all = "" if read is None else f"; {read:.1%} of the texts"
     return (
         f"{many(len(records), 'example')} of {many(pictures, 'picture')}, {codes / targets:.1%} of the tokens codes; "
-        f"{many(of_text, 'target')} of text, {num_bytes / of_text:.2f} bytes each"
+        f"{many(of_text, 'target')} of text, {num_bytes / of_text:.2f} bytes each{of_all}"
     )
 
 

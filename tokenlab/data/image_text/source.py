@@ -239,9 +239,10 @@ class ImageTextSource:
                 "least that length, fewer pictures, or smaller ones (config.data.size)."
             )
         end = np.array([known.end], np.int32)
+        pictures = known.pictures(codes)
         parts, sizes = [], []
         for pair, caption_first in zip(*rows.documents(len(codes)), strict=True):
-            picture, caption = known.picture(codes[pair]), encoded[pair]
+            picture, caption = pictures[pair], encoded[pair]
             parts += [caption, picture, end] if caption_first else [picture, caption, end]
             sizes.append(len(caption) + len(picture) + 1)
         dtype = np.uint16 if known.vocab_size <= 2**16 else np.int32

@@ -67,20 +67,23 @@ class ImageTextVocabulary:
         """See `Tokenizer.encode_each`."""
         return self.text.encode_each(texts)
 
-    def picture(self, codes: np.ndarray) -> np.ndarray:
-        """A picture as ids, int32 [h w + 2]: BEGIN, its codes row by row, END.
+    def pictures(self, codes: np.ndarray) -> np.ndarray:
+        """Pictures as ids, int32 [n, h w + 2]: BEGIN, the codes row by row, END.
 
         Args:
-          codes: integers [h, w] in [0, K).
+          codes: integers [n, h, w] in [0, K).
+
+        Raises:
+          DataError: other codes.
         """
         codes = np.asarray(codes)
-        if codes.shape != self.grid or not 0 <= codes.min() <= codes.max() < self.codes:
+        if codes.shape[1:] != self.grid or not 0 <= codes.min() <= codes.max() < self.codes:
             raise DataError(
-                f"a picture has codes {list(codes.shape)} from {codes.min()} to {codes.max()}; expected "
-                f"{list(self.grid)} from 0 to {self.codes - 1}."
+                f"pictures have codes {list(codes.shape)} from {codes.min()} to {codes.max()}; expected "
+                f"[n, {self.grid[0]}, {self.grid[1]}] from 0 to {self.codes - 1}."
             )
-        inside = codes.reshape(-1).astype(np.int32) + self.first_code
-        return np.concatenate([[self.begin], inside, [self.end_image]]).astype(np.int32)
+        inside = codes.reshape(len(codes), -1).astype(np.int32) + np.int32(self.first_code)
+        return np.pad(inside, ((0, 0), (1, 1)), constant_values=((0, 0), (self.begin, self.end_image)))
 
     def modality(self, ids: np.ndarray) -> np.ndarray:
         """The modality of each id, int32 of the same shape."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from tokenlab.core import config as core_config
 from tokenlab.core import names
-from tokenlab.core.errors import ConfigError
 from tokenlab.data.image_text import ImageTextConfig, ImageTextSource, encode
 from tokenlab.data.image_text.rows import Draw, words
 from tokenlab.data.source import Source
@@ -68,8 +67,8 @@ def build(config: Config) -> ImageTextSource:
       ConfigError: a size, a codec or a length that does not fit the pictures.
       DataError: pictures, codes or texts cannot be read, or do not fit each other.
     """
-    source, size = _pictures(config)
-    coded = encode(config.codec, source, size)
+    source = _pictures(config)
+    coded = encode(config.codec, source, config.size)
     captions = {split: captions_of(config.pictures, source, split) for split in source.splits}
     name, texts = SHAKESPEARE, {split: [whole] for split, whole in shakespeare.texts().items()}
     if config.text != SHAKESPEARE:
@@ -77,19 +76,15 @@ def build(config: Config) -> ImageTextSource:
     return ImageTextSource(f"{config.pictures} and {name}", coded, captions, texts, config)
 
 
-def _pictures(config: Config) -> tuple[Source, int | None]:
-    """The pictures, and the size that they are still to be brought to."""
+def _pictures(config: Config) -> Source:
+    """The pictures; emoji have the size already, others are brought to it when they are encoded."""
     settings = dict(PICTURES[config.pictures])
     cls = names.find_attr(SOURCES, settings["name"], "Config")
-    size = config.size
-    if config.pictures == "emoji" and size is not None:
-        allowed = (64, 32, 16)
-        if size not in allowed:
-            raise ConfigError(f"config.data.size is {size}; emoji come in {', '.join(map(str, allowed))}.")
-        settings["size"] = size
+    if config.pictures == "emoji" and config.size is not None:
+        settings["size"] = config.size
     resolved = core_config.to_dataclass(cls, settings, path="config.data")
     found = names.find_attr(SOURCES, resolved.name, "build")(resolved)
-    return sliced(found, resolved.splits), size
+    return sliced(found, resolved.splits)
 
 
 def captions_of(pictures: str, source: Source, split: str) -> tuple[str, ...]:
