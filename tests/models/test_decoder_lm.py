@@ -103,8 +103,9 @@ def test_packed_documents_equal_each_alone(stack):
 
 
 def test_tokens_know_their_modality(monkeypatch):
-    """As the batch says it; None where it says nothing."""
-    model, state, _ = ready("block + mod(keep=0.5)(block)")
+    """As the batch says it, where the data has it."""
+    model = decoders.build("block + mod(keep=0.5)(block)", N, modal=True)
+    assert "modality" in model.batch_spec(B)
     seen = []
     run = type(model).run
     monkeypatch.setattr(
@@ -113,12 +114,10 @@ def test_tokens_know_their_modality(monkeypatch):
         lambda self, state, tokens, *a, **k: seen.append(tokens) or run(self, state, tokens, *a, **k),
     )
     ids = decoders.ids(B, N)
-    modality = (ids % 2).astype(np.int32)
-    shapes = jax.eval_shape(model.apply, state, {"ids": ids, "modality": modality})
-    assert shapes.logits.shape == (B, N, model.num_outputs)
+    jax.eval_shape(model.apply, model.abstract_state(), {"ids": ids, "modality": ids % 2})
     assert seen[0].modality.shape == (B, N)
-    jax.eval_shape(model.apply, state, {"ids": ids})
-    assert seen[1].modality is None
+    with pytest.raises(ShapeError, match=r"modality is \[3, 3\]"):
+        jax.eval_shape(model.apply, model.abstract_state(), {"ids": ids, "modality": ids[:, :3]})
 
 
 def test_what_stands_in_padding_changes_nothing():
