@@ -12,6 +12,7 @@ from jax import Array
 
 from tokenlab.core.errors import ShapeError
 from tokenlab.core.tokens import Tokens
+from tokenlab.layers import by_modality
 from tokenlab.layers.norm import NormName
 from tokenlab.ops import attention as ops
 from tokenlab.ops.cache import KVCache, Stacked
@@ -61,12 +62,13 @@ class Attention(nn.Module):
       rope_theta: base of rotary positions read from `coords`; None for none.
       causal: a token sees those at its own `position` and before.
       window: of a causal layer: a token sees none `window` or more positions before its own; None for all.
+      modalities: M, weights of projections and of qk-norm for each modality; 0 for one set for all.
       dtype: compute dtype; parameters stay float32, logits and softmax are computed in float32.
       implementation: of the attention itself, see `tokenlab.ops.attention.attention`.
 
     Raises:
-      ShapeError: the head sizes do not divide, rotary positions are wanted without `coords`, or a causal layer or a
-        memory without `position`.
+      ShapeError: the head sizes do not divide, rotary positions are wanted without `coords`, a causal layer or a
+        memory without `position`, or weights for each modality without `modality`.
     """
 
     num_heads: int
@@ -78,6 +80,7 @@ class Attention(nn.Module):
     rope_theta: float | None = None
     causal: bool = False
     window: int | None = None
+    modalities: int = 0
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -106,7 +109,8 @@ class Attention(nn.Module):
         ]
         if self.norm == "rms":
             without += [name for name in found if name.endswith("_norm/bias")]
-        return {name: axes for name, axes in found.items() if name not in without}
+        stacked = (None,) if self.modalities else ()
+        return {name: (*stacked, *axes) for name, axes in found.items() if name not in without}
 
     @nn.compact
     def __call__(
@@ -118,6 +122,7 @@ class Attention(nn.Module):
         valid: Array | None = None,
         position: Array | None = None,
         segment: Array | None = None,
+        modality: Array | None = None,
         memory: KVCache | Stacked | None = None,
         projections: bool = False,
     ) -> Array | tuple[Array, Projections] | tuple[Array, KVCache | Stacked]:
@@ -130,6 +135,7 @@ class Attention(nn.Module):
           valid: [B, N], False for padding, which no query sees.
           position: [B, N] int, index in the full sequence; needed by a causal layer.
           segment: [B, N] int, documents packed into one sequence: a token sees those of its own.
+          modality: [B, N] int, what tokens stand for; needed with `modalities`.
           memory: keys and values of tokens before these (no segments, no sizes). The valid ones of x are put into it,
             and every token sees what it holds at its own position and before.
           projections: also return the `Projections`, for the readings of the item that follows.
@@ -147,21 +153,30 @@ class Attention(nn.Module):
             raise ShapeError(f"attention: num_heads {heads} is not a multiple of num_kv_heads {groups}.")
         size_of_head = self.head_dim or width // heads
 
-        def project(name: str, count: int) -> Array:
-            return nn.DenseGeneral(
-                (count, size_of_head),
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
-                name=name,
-            )(x)
+        how = {"use_bias": self.use_bias, "dtype": self.dtype}
 
+        def project(name: str, count: int) -> Array:
+            init = nn.initializers.xavier_uniform()
+            return nn.DenseGeneral((count, size_of_head), kernel_init=init, name=name, **how)(x)
+
+        counts = {"query": heads, "key": groups, "value": groups}
         with jax.named_scope("projections"):
-            query, key, value = project("query", heads), project("key", groups), project("value", groups)
-        if self.qk_norm:
-            kind, how = nn.LayerNorm if self.norm == "layer" else nn.RMSNorm, {"epsilon": 1e-6}
-            how |= {"dtype": self.dtype, "use_fast_variance": False}
-            query, key = kind(name="query_norm", **how)(query), kind(name="key_norm", **how)(key)
+            if self.modalities:
+                shapes = {name: (count, size_of_head) for name, count in counts.items()}
+                made = by_modality.project(self, x, modality, shapes, self.modalities, **how)
+            else:
+                made = {name: project(name, count) for name, count in counts.items()}
+        query, key, value = made.values()
+        if self.qk_norm and self.modalities:
+            own = {"norm": self.norm, "dtype": self.dtype}
+            query, key = (
+                by_modality.NormByModality(self.modalities, name=f"{name}_norm", **own)(made[name], modality)
+                for name in ("query", "key")
+            )
+        elif self.qk_norm:
+            kind = nn.LayerNorm if self.norm == "layer" else nn.RMSNorm
+            own = {"epsilon": 1e-6, "dtype": self.dtype, "use_fast_variance": False}
+            query, key = kind(name="query_norm", **own)(query), kind(name="key_norm", **own)(key)
         if self.rope_theta is not None:
             if coords is None:
                 raise ShapeError("attention: rotary positions need coords [B, N, A], got None.")
@@ -184,14 +199,13 @@ class Attention(nn.Module):
                 masks["segments"] = (segment, segment)
             mixed = ops.attention(query, keys, values, implementation=self.implementation, **masks)
         with jax.named_scope("projections"):
-            out = nn.DenseGeneral(
-                width,
-                axis=(-2, -1),
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
-                name="out",
-            )(mixed)
+            if self.modalities:
+                out = by_modality.project(
+                    self, mixed, modality, {"out": (width,)}, self.modalities, inputs=2, **how
+                )["out"]
+            else:
+                init = nn.initializers.xavier_uniform()
+                out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, name="out", **how)(mixed)
         if memory is not None:
             return out, memory
         return (out, Projections(query, key, value)) if projections else out

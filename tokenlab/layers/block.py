@@ -10,7 +10,7 @@ A block is not one Linen module but a bundle of them, since its weights live sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tokenlab.core.modality import MODALITIES
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Attention, Projections, Reading
+from tokenlab.layers.by_modality import NormByModality
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.norm import NORMS, NormName
 from tokenlab.ops.cache import KVCache, Stacked
@@ -53,7 +55,7 @@ class Block:
     """The modules of one block.
 
     Attributes:
-      attention: maps [B, N, D] to [B, N, D].
+      attention: maps [B, N, D] to [B, N, D]. With weights for each modality, norms have them, too.
       ffn: the same; called with `valid` and `train`.
       ffn_name: the kind under which its weights are stacked, "mlp" or a method's name.
       layer_scale: initial value of LayerScale, None for none.
@@ -74,9 +76,20 @@ class Block:
     norm: NormName = "layer"
     post_norm: bool = False
 
+    @property
+    def by_modality(self) -> bool:
+        """Whether a part of it must be told what tokens stand for."""
+        return bool(self.attention.modalities) or getattr(self.ffn, "by_modality", False)
+
+    def untied(self) -> Block:
+        """The same with attention projections and norms for each modality."""
+        return replace(self, attention=self.attention.clone(modalities=len(MODALITIES)))
+
     def modules(self) -> dict[str, nn.Module]:
         """Slot -> module, in order of use. Slots are the kinds of `blocks/`, but for "ffn" (see `ffn_name`)."""
-        norm = NORMS[self.norm](self.dtype, self.norm_eps)
+        norm: nn.Module = NORMS[self.norm](self.dtype, self.norm_eps)
+        if self.attention.modalities:
+            norm = NormByModality(self.attention.modalities, self.norm, self.dtype, self.norm_eps)
         found: dict[str, nn.Module] = {
             "attention_norm": norm,
             "attention": self.attention,
@@ -146,10 +159,12 @@ class Block:
             facts["position"] = tokens.position
         if context.mode != "step":
             facts["segment"] = tokens.segment
-        normed = self._normed(modules, params, "attention", tokens.x, before=True)
+        if self.attention.modalities:
+            facts["modality"] = tokens.modality
+        normed = self._normed(modules, params, "attention", tokens.x, tokens, before=True)
         with jax.named_scope("attention"):
             mixed, more = _apply(self.attention, params["attention"], normed, **facts, **how)
-        mixed = self._normed(modules, params, "attention", mixed, before=False)
+        mixed = self._normed(modules, params, "attention", mixed, tokens, before=False)
         return self._residual(modules, params, "attention", tokens, mixed, context, depth), more
 
     def _normed(
@@ -158,11 +173,15 @@ class Block:
         params: Mapping[str, Any],
         half: str,
         x: Array,
+        tokens: Tokens,
         *,
         before: bool,
     ) -> Array:
+        if before is self.post_norm:
+            return x
         name = f"{half}_norm"
-        return _apply(modules[name], params[name], x) if before is not self.post_norm else x
+        more = (tokens.modality,) if self.attention.modalities else ()
+        return _apply(modules[name], params[name], x, *more)
 
     def feed(
         self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
@@ -177,7 +196,7 @@ class Block:
         ffn = self.ffn
         if context.mode != "full" and hasattr(ffn, "in_generation"):
             ffn = ffn.in_generation()
-        normed = self._normed(modules, params, "ffn", tokens.x, before=True)
+        normed = self._normed(modules, params, "ffn", tokens.x, tokens, before=True)
         with jax.named_scope(self.ffn_name):
             rngs = {"ffn": context.key("ffn", depth.index)} if context.train else None
             more = {"modality": tokens.modality} if getattr(ffn, "by_modality", False) else {}
@@ -185,7 +204,7 @@ class Block:
                 ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train, **more
             )
         y, aux = out if isinstance(out, tuple) else (out, Aux())
-        y = self._normed(modules, params, "ffn", y, before=False)
+        y = self._normed(modules, params, "ffn", y, tokens, before=False)
         if "ffn_weight" in tokens.extra:
             y = (y * tokens.extra["ffn_weight"][..., None]).astype(y.dtype)
         return self._residual(modules, params, "ffn", tokens, y, context, depth), aux

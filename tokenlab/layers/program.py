@@ -371,8 +371,10 @@ class _Builder:
 
     def block_step(self, call: Call, present: int, rows: int | None) -> BlockStep:
         if call.body is not None:
-            self.stack.fail(call.span, "block takes no body; its arguments are ffn=..., between=....")
-        known = {"ffn", "between"}
+            self.stack.fail(
+                call.span, "block takes no body; its arguments are attention=..., ffn=..., between=...."
+            )
+        known = {"attention", "ffn", "between"}
         if call.args:
             self.stack.fail(call.span, "block's arguments need a name: block(ffn=...) or block(between=...).")
         chosen: dict[str, Call] = {}
@@ -383,6 +385,12 @@ class _Builder:
                 self.stack.fail(call.span, f"block: {name} must be a name such as mlp; got {value!r}.")
             chosen[name] = value
         block = self.block
+        if attention := chosen.get("attention"):
+            if str(attention) != "by_modality":
+                self.stack.fail(
+                    call.span, f"block: attention must be by_modality, or left out; got {attention}."
+                )
+            block = block.untied()
         if ffn := chosen.get("ffn"):
             made = build_ffn(self.stack, ffn, self.resolver, self.ffn_defaults)
             block = replace(block, ffn=made, ffn_name=ffn.name)

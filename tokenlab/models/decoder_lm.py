@@ -166,16 +166,13 @@ class DecoderLM(Trunk):
     def __post_init__(self) -> None:
         _ = self.program  # so that a wrong stack is said at once, not at the first call
         self._check_causal(generating=not self.train)
-        asking = [
-            step.block.ffn_name
-            for step in self.program.flat()
-            if isinstance(step, BlockStep) and getattr(step.block.ffn, "by_modality", False)
-        ]
-        if asking and not self.modal:
+        if not self.modal and any(
+            isinstance(step, BlockStep) and step.block.by_modality for step in self.program.flat()
+        ):
             raise StackError(
-                f"stack: {asking[0]} has experts for text and for images, and the data does not say which token is "
-                f"which (it has no 'modality'): {self.program.stack.text!r}. Take data of both, such as "
-                "config.data.name='image_text', or mixed experts."
+                "stack: it has weights for text and for images, and the data does not say which token is which (it has "
+                f"no 'modality'): {self.program.stack.text!r}. Take data of both, such as "
+                "config.data.name='image_text', or parts that do not tell them apart."
             )
 
     def _check_causal(self, *, generating: bool) -> None:

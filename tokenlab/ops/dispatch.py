@@ -171,6 +171,7 @@ class Sorted:
       boost: [B, N, K]; experts get the gradient of each choice multiplied by it (for GRIN). None for 1.
       room: rows kept for an example's choices, where padding leaves fewer than N K; no example may have more. None for
         N K.
+      everywhere: every device holds all experts, so that no token travels along the `expert` axis.
     """
 
     expert: Array
@@ -180,6 +181,7 @@ class Sorted:
     exchange: Exchange | None = struct.field(pytree_node=False, default=None)
     boost: Array | None = None
     room: int | None = struct.field(pytree_node=False, default=None)
+    everywhere: bool = struct.field(pytree_node=False, default=False)
 
     def order(self) -> tuple[Array, Array]:
         """Indices of choices, sorted by expert, in the order of tokens within one, [B * N * K]; sizes [E]."""
@@ -219,6 +221,8 @@ class Sorted:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D'], every device sorting its own rows."""
         exchange.check_exchange(self.exchange)  # a name is never ignored, also where nothing is exchanged
         axes, ways = _batch_axes()
+        if self.everywhere:
+            ways = 1
         if not axes:
             return self._local(bank, bank.params, x, self, 1)
         if self.experts % ways:

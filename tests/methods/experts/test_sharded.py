@@ -99,6 +99,15 @@ def test_equal_to_one_device_and_tokens_travel_instead_of_weights(name, sizes):
             assert not {shape[-2:] for shape in each.shapes} & weights, f"weights of experts move: {each}"
 
 
+def test_one_expert_for_a_modality_lies_where_the_tokens_are():
+    layer = LAYERS["moma"].clone(text=4, image=1)
+    params = start(layer)
+    expected = jax.jit(partial(gradients, layer))(params, X)
+    run, mesh, given = compiled(layer, params, {"data": 2, "expert": 4})
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), run(*given), expected)
+    assert given[0]["experts_image"]["up"]["kernel"].sharding.shard_shape((1, D, F)) == (1, D, F)
+
+
 def test_auxiliary_routers_decide_as_on_one_device():
     """Outside training tokens choose, and go to experts elsewhere in rows of another kind."""
     layer = LAYERS["moma"]

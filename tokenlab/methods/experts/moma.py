@@ -48,7 +48,7 @@ from tokenlab.layers import experts as banks
 from tokenlab.layers.context import Aux
 from tokenlab.ops import route
 from tokenlab.ops.dispatch import Bank, Indexed, Sorted
-from tokenlab.ops.modality import Lane, check_modality, gather_lane, lanes, left_out, own_tokens
+from tokenlab.ops.modality import Lane, check_modality, gather_lane, lanes, left_out, own_tokens, scatter_lane
 
 
 class Group(NamedTuple):
@@ -168,7 +168,10 @@ class MoMa(nn.Module):
         own = banks.default_expert(self.expert, 1)
         found: dict[str, tuple[str | None, ...]] = {}
         for group in self.groups:
-            found |= banks.axes_of(own, f"experts_{group.name}")
+            bank = banks.axes_of(own, f"experts_{group.name}")
+            if group.experts == 1:  # every token of a modality needs it, wherever it is
+                bank = {path: (None, *axes[1:]) for path, axes in bank.items()}
+            found |= bank
             if group.experts > 1:
                 found[f"router_{group.name}"] = ("embed", None)
             if group.experts > 1 and self.decide == "auxiliary":
@@ -267,8 +270,11 @@ class MoMa(nn.Module):
         times = jnp.zeros(together)  # experts that took each token
         for group, lane in zip(self.groups, found, strict=True):
             own = self._weights(group, x, train=train)
-            token, weight = self._take(group, own, lane, x, train=train)
-            y = y + self._run(Indexed(token, weight, tokens, self.transport), own.bank, x)
+            token, plan = lane.index[:, None], Alone(lane)
+            if own.router is not None:
+                token, weight = self._take(group, own, lane, x, train=train)
+                plan = Indexed(token, weight, tokens, self.transport)
+            y = y + self._run(plan, own.bank, x)
             times += jax.vmap(lambda at: jnp.zeros(tokens).at[at.reshape(-1)].add(1.0, mode="drop"))(token)
             load.append((token < tokens).sum(axis=(0, 2)).astype(jnp.float32))
             if train and own.auxiliary is not None and self.weight:
@@ -292,8 +298,6 @@ class MoMa(nn.Module):
 
     def _take(self, group: Group, own: Weights, lane: Lane, x: Array, *, train: bool) -> tuple[Array, Array]:
         """The tokens each expert takes, [B, E_m, C_m] int32, N for an empty place; and their weights, float32."""
-        if own.router is None:
-            return lane.index[:, None], lane.there[:, None].astype(jnp.float32)
         with jax.named_scope("router"):
             logits = own.logits(x)
             if self.noise and train:
@@ -318,9 +322,7 @@ class MoMa(nn.Module):
         for group, lane in zip(self.groups, found, strict=True):
             own = self._weights(group, x, train=False)
             if own.router is None:
-                member = _inside(lane)[..., None]
-                token, weight = self._take(group, own, lane, x, train=False)
-                plan: Indexed | Sorted = Indexed(token, weight, tokens, self.transport)
+                member, plan = _inside(lane)[..., None], Alone(lane)
             else:
                 named = own.foreseen(x) > 0
                 if group.number is not None:
@@ -367,13 +369,24 @@ class MoMa(nn.Module):
             )
         return Weights(bank, router, auxiliary)
 
-    def _run(self, plan: Indexed | Sorted, bank: Bank, x: Array) -> Array:
+    def _run(self, plan: Alone | Indexed | Sorted, bank: Bank, x: Array) -> Array:
         # The one example that parameters are made with cannot be split over a mesh.
         making = self.is_initializing() and not get_abstract_mesh().empty
         y = jnp.zeros_like(x) if making else plan.run(bank, x)
         if x.shape != y.shape:
             raise ShapeError(f"experts take and give [B, N, D]: from {x.shape} they made {y.shape}.")
         return y.astype(x.dtype)
+
+
+class Alone(NamedTuple):
+    """All tokens of a lane to its one expert, which every device holds: nothing travels along an `expert` axis."""
+
+    lane: Lane
+
+    def run(self, bank: Bank, x: Array) -> Array:
+        """[B, N, D] -> [B, N, D]; zeros for tokens that are not in the lane."""
+        rows = bank.buffers(bank.params, gather_lane(x, self.lane)[None])[0]
+        return scatter_lane(jnp.zeros((*x.shape[:2], rows.shape[-1]), rows.dtype), self.lane, rows)
 
 
 class Weights(NamedTuple):
