@@ -125,7 +125,10 @@ def test_parameters_are_doubled_and_flops_are_not():
 
     dense, untied = facts("block*2"), facts("block(attention=by_modality, ffn=moma(text=1, image=1))*2")
     assert untied[0] == 2 * dense[0]
-    norms, weights = 2 * 2 * 2 * D * N, 2 * (3 + 1) * D * N  # picking scales [M, D], and adding up one choice a token
+    norms, weights = (
+        2 * 2 * 2 * D * N,
+        2 * (3 + 1) * D * N,
+    )  # picking scales [M, D], and adding up one choice a token
     assert untied[1] == dense[1] + 2 * (norms + weights)
 
 

@@ -63,3 +63,44 @@ def test_routed_blocks_cost_an_eighth():
     predictor = pairs * n * (2 * width * (width // 2) + 2 * (width // 2))
     found = [forward_cost(model, task, spec).flops for model in (dense, routed)]
     assert found[0] - found[1] == pytest.approx(saved - added - predictor, rel=0.001)
+
+
+MOMA = {  # billions, arXiv 2407.21770, table 1
+    "90M-dense": 0.09,
+    "90M-4t4i": 0.21,
+    "435M-4t4i": 1.9,
+    "435M-8x": 1.9,
+    "1.4B-dense": 1.5,
+    "1.4B-4t4i": 7.1,
+    "110M-mod-4t4i": 0.317,
+    "635M-mod-4t4i": 3.0,
+    "2.3B-mod-4t4i": 12.0,
+}
+
+
+def with_modality(run):
+    config = load(CONFIGS / f"moma.py:{run}")
+    keys = {**KEYS, "modality": "int32", "target_modality": "int32"}
+    spec = {key: ((config.data.length,), dtype) for key, dtype in keys.items()}
+    return models.build(config.model, spec=spec, num_outputs=515), spec
+
+
+@pytest.mark.parametrize("run", MOMA)
+def test_moma_has_the_published_parameters(run):
+    model, _ = with_modality(run)
+    assert parameters(model) / 1e9 == pytest.approx(MOMA[run], rel=0.03)
+
+
+def test_experts_by_modality_train_at_the_cost_of_the_dense_model():
+    """Routers and auxiliary routers aside, which are a hundredth; mixed experts the same."""
+    from tokenlab.train.costs import train_cost
+
+    task = tasks.build({"name": "mixed_next_token"})
+    found = {}
+    for run in ("90M-dense", "90M-1t1i", "90M-4t4i", "90M-8x"):
+        model, spec = with_modality(run)
+        found[run] = train_cost(model, task, spec).model_flops
+    dense = found.pop("90M-dense")
+    assert found["90M-1t1i"] == dense
+    for run, flops in found.items():
+        assert dense <= flops < 1.02 * dense, run
