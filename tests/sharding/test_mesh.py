@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tokenlab.core.errors import ShardingError
+from tokenlab.sharding import mesh as meshes
 from tokenlab.sharding.mesh import AXES, make_mesh
 
 
@@ -37,6 +39,24 @@ def test_shape(sizes, shape):
 def test_some_of_the_devices():
     assert make_mesh(devices=jax.devices()[:1]).size == 1
     assert make_mesh({"data": 2, "fsdp": -1}, jax.devices()[:4]).devices.shape == (2, 2, 1, 1)
+
+
+def test_axes_that_are_no_axes_of_the_torus_are_parts_of_them(monkeypatch):
+    """As for 4 experts on a slice of 8 x 8 x 8, which JAX makes when it is asked to."""
+    asked = []
+
+    def refuse(*given, **how):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 3")
+
+    def split(shape, devices, *, allow_split_physical_axes):
+        asked.append(allow_split_physical_axes)
+        return np.array(devices).reshape(shape)
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    monkeypatch.setattr(meshes.mesh_utils, "create_device_mesh", split)
+    made = make_mesh({"fsdp": 2, "expert": 4})
+    assert asked == [True] and dict(made.shape) == {"data": 1, "fsdp": 2, "tensor": 1, "expert": 4}
+    assert set(made.axis_types) == {AxisType.Auto}
 
 
 def test_it_serves_under_set_mesh():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from tokenlab.core.errors import ShardingError, suggest
@@ -15,6 +16,8 @@ AXES = ("data", "fsdp", "tensor", "expert")
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor and expert, in this order; use it under `jax.set_mesh`.
+
+    On a TPU every axis gets whole axes of the torus where that is possible, and parts of them where it is not.
 
     The axes are of type Auto: `jax.make_mesh` would make them Explicit, under which a sharding constraint is an
     assertion instead of a wish.
@@ -51,4 +54,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise ShardingError(
             f"mesh {shown} needs {known} devices, but there are {len(devices)}; make one axis -1 to take the rest."
         )
-    return jax.make_mesh(tuple(shape.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    each, kinds = tuple(shape.values()), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(each, AXES, kinds, devices=devices)
+    except NotImplementedError:  # no axis of the TPU's torus, nor a product of them, has that many chips
+        split = mesh_utils.create_device_mesh(each, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=kinds)
