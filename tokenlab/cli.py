@@ -1,4 +1,5 @@
-"""The command line: `tokenlab train | evaluate | generate | compare | benchmark | cost | data | import | list`.
+"""The command line: `tokenlab train | evaluate | generate | encode | compare | benchmark | cost | data | import |
+list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -88,6 +89,26 @@ def generate(arguments: Arguments) -> None:
         overrides=dict(arguments.overrides),
         checkpoint=checkpoint,
         prompt_tokens=whole["prompt-tokens"],
+    )
+
+
+def encode(arguments: Arguments) -> None:
+    """Turn pictures into codes with a trained tokenizer."""
+    given = arguments.values
+    workdir = Path(given["workdir"])
+    if not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    check_writable(given["out"], "--out")
+    checkpoint = _checkpoint(given["checkpoint"])
+    from tokenlab.evaluate.encode import run
+
+    run(
+        str(workdir),
+        given["out"],
+        None if given["split"] is None else given["split"].split(","),
+        overrides=dict(arguments.overrides),
+        checkpoint=checkpoint,
+        overwrite="overwrite" in arguments.switches,
     )
 
 
@@ -324,6 +345,21 @@ COMMANDS: dict[str, Command] = {
         ),
         overrides=True,
         more="--config.eval.stack=STACK generates with another stack on the same weights.",
+    ),
+    "encode": Command(
+        encode,
+        "turn every picture into codes with a trained tokenizer, in a file that gives the pictures again",
+        (
+            Flag("workdir", "folder of a training run", "DIR", required=True),
+            Flag("out", "the file to write", "FILE.npz", required=True),
+            Flag("split", "splits of the data (default: all)", "NAME,NAME"),
+            Flag(
+                "checkpoint", "the newest, the best, or that of a step", "latest|best|STEP", default="latest"
+            ),
+            Flag("overwrite", "replace FILE.npz where it exists"),
+        ),
+        overrides=True,
+        more="docs/image-tokenizer.md says what the file holds.",
     ),
     "compare": Command(
         compare,

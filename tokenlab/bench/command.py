@@ -123,6 +123,11 @@ def _of_config(config: ConfigDict, name: str, batch: int | None) -> tuple[Settin
     experiment = experiments.build(wanted)
     steps = experiment.config.steps
     trained, evaluated = experiment.models[experiment.values(steps - 1)], experiment.eval_model(steps)
+    if trained.program is None:
+        raise ConfigError(
+            "benchmark times a stack beside the dense one, and this model has none; tokenlab train --profile tells "
+            "where its time goes."
+        )
     if name == suites.DENSE.name:
         raise ConfigError(f"benchmark: a configuration cannot be named {name!r} here; rename its file.")
     setting = Setting(

@@ -16,7 +16,7 @@ from ml_collections.config_dict import ConfigDict
 from tokenlab.core.config import override
 from tokenlab.core.errors import ConfigError
 from tokenlab.cost import Cost, pretty
-from tokenlab.layers.program import BlockStep
+from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.train import experiment as experiments
 from tokenlab.train import schedule
 from tokenlab.train.experiment import Experiment
@@ -156,7 +156,7 @@ class Spending:
 
 def layer_tokens(experiment: Experiment, at: int) -> int:
     """Tokens that enter blocks in train step `at`, summed over blocks and examples."""
-    steps = experiment.models[experiment.values(at)].program.flat()
+    steps = steps_of(experiment.models[experiment.values(at)])
     present = sum(step.present for step in steps if isinstance(step, BlockStep))
     return present * experiment.config.batch_size
 

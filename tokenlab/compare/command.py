@@ -19,7 +19,7 @@ from tokenlab.compare.config import CompareConfig
 from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 from tokenlab.evaluate import expert_load, tokens_picture
-from tokenlab.layers.program import ItemStep
+from tokenlab.layers.program import ItemStep, steps_of
 from tokenlab.train.records import write_atomic, write_json
 
 RESULTS = "results.json"
@@ -117,7 +117,7 @@ def _train(runs: Sequence[tuple[Arm, int]], folder: Path, console: Console) -> l
 def _draw(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path, rows: int) -> None:
     """For every arm that reduces tokens, a picture of what its first finished run keeps."""
     for arm, entry in zip(arms, found["arms"], strict=True):
-        steps = arm.experiment.eval_model(arm.steps).program.flat()
+        steps = steps_of(arm.experiment.eval_model(arm.steps))
         reduces = any(isinstance(step, ItemStep) and step.active for step in steps)
         if not reduces or not entry["runs"] or "image" not in arm.source.spec:
             continue

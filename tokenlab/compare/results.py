@@ -17,7 +17,7 @@ from tokenlab.compare import budget
 from tokenlab.compare.arms import Arm
 from tokenlab.compare.config import CompareConfig
 from tokenlab.core.errors import DataError
-from tokenlab.layers.program import BlockStep
+from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.train import costs, manifest
 from tokenlab.train.records import environment, read_metrics, read_run
 
@@ -99,7 +99,7 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(experiment.abstract_state.params))
     kinds = ("flops", "flops_with_recompute", "layer_tokens")
     counted = {kind: budget.Spending(experiment, kind, costs=arm.costs)(arm.steps) for kind in kinds}
-    blocks = [step for step in model.program.flat() if isinstance(step, BlockStep)]
+    blocks = [step for step in steps_of(model) if isinstance(step, BlockStep)]
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     return {
         "name": arm.name,

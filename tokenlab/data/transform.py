@@ -79,6 +79,12 @@ class Transform:
                 _fail(key, text.strip(), start, end, str(error))
         self._shape = spec[IMAGE][0] if IMAGE in spec else ()
 
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """(low, high) where the last operation is `value_range`; None where something else decides what values mean."""
+        last = self._operations[-1] if self._operations else None
+        return (float(last.low), float(last.high)) if isinstance(last, operations.ValueRange) else None
+
     def decode(self, data: bytes) -> np.ndarray:
         """The first operation alone: uint8 [R, C, channels]. Raises DataError, see `pixels.decode`."""
         return pixels.decode(data, self._shape)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from rich.console import Console
 
-from tokenlab.evaluate import probe, results, tables
+from tokenlab.evaluate import codes, probe, results, tables
 from tokenlab.evaluate.results import Measured
 from tokenlab.evaluate.trained import Trained, load_each
 from tokenlab.train import compilation
@@ -38,8 +38,8 @@ def run(
         stack to evaluate with, or several with ";" between them; by default it is the one that the run evaluates with.
       split: of the data.
       json: file for the result; replaced as a whole or not at all.
-      pictures: True draws report.png and, for a stack that reduces tokens, tokens.png in the workdir; "all" draws
-        predictions.png, calibration.png and confusion.png too.
+      pictures: True draws report.png and, for a stack that reduces tokens, tokens.png, for a tokenizer of pictures
+        reconstructions.png in the workdir; "all" draws predictions.png, calibration.png and confusion.png too.
       checkpoint: "latest", "best" or a step.
       per_class: also print a table of the classes.
       probes: "knn", "linear" or "knn,linear": what to learn from the features of the train split.
@@ -77,7 +77,7 @@ def run(
 def draw(
     trained: Sequence[Trained], measured: Sequence[Measured], workdir: Path, split: str, *, everything: bool
 ) -> list[str]:
-    """Draw report.png and, for stacks that reduce tokens, tokens.png; and what else there is.
+    """Draw report.png, for stacks that reduce tokens tokens.png, for pictures as codes reconstructions.png.
 
     Args:
       trained: stacks on the same weights.
@@ -92,6 +92,7 @@ def draw(
     from tokenlab.evaluate import (
         class_pictures,
         figures,
+        reconstructions,
         tokens_picture,
     )  # matplotlib takes a second to import
 
@@ -103,7 +104,11 @@ def draw(
     else:  # imported weights that nobody has trained yet
         notes.append("report.png: no training is recorded here, so there are no curves to draw")
     sections = []
-    if "image" in source.spec:
+    if codes.gives_codes(trained[0]):
+        found = measured[0].result
+        title = f"{split}: psnr {found['psnr']:.2f} dB, {found['codes_used']} of {found['codes']} codes used"
+        written.append(reconstructions.draw(workdir / "reconstructions.png", trained[0], split, title))
+    elif "image" in source.spec:
         batch = tokens_picture.examples(source, split)
         sections = [
             tokens_picture.section(each.model, each.params, batch, title=each.model.stack_text)

@@ -25,18 +25,18 @@ class CostReport:
 
     Attributes:
       table: of the stack, per example.
-      dense: of `block*L`, the dense stack of as many blocks.
+      dense: of `block*L`, the dense stack of as many blocks; None for a model without a stack.
       title: one line: the stack, and of what.
       rooflines: of the stack on the chip that was asked for, or None.
     """
 
     table: CostTable
-    dense: CostTable
+    dense: CostTable | None
     title: str
     rooflines: Rooflines | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Rows, total, the dense total and what each group costs of the dense one's; FLOPs and bytes are integers."""
+        """Rows and total, and of the dense one, if any, its total and the ratios; FLOPs and bytes are integers."""
         found = {"title": self.title, **self.table.to_json(self.dense)}
         return found if self.rooflines is None else {**found, "roofline": self.rooflines.to_json()}
 
@@ -73,11 +73,15 @@ def cost_report(
     facts = {"spec": source.spec, "num_outputs": task.num_outputs(source)}
     values = schedule.stack_vars(config.stack_vars, config.steps).at(config.steps - 1)
     model = models.build(config.model, stack_vars=values, **facts)
-    dense = models.build(config.model, stack=f"block*{model.program.depth}", **facts)
-    title = f"{model.stack_text}: cost of one example of {source.name}, beside {dense.stack_text}"
+    title, beside = (
+        f"{model.stack_text or config.model.get('name')}: cost of one example of {source.name}",
+        None,
+    )
+    if model.program is not None:
+        dense = models.build(config.model, stack=f"block*{model.program.depth}", **facts)
+        title, beside = f"{title}, beside {dense.stack_text}", cost_table(dense, task, source.spec)
     rooflines, only = None, config.optimizer.only
     if peaks is not None:
         batch = cost_table(model, task, source.spec, config.batch_size, only)
         rooflines = Rooflines(batch, config.batch_size, peaks, dtype)
-    tables = cost_table(model, task, source.spec, only=only), cost_table(dense, task, source.spec)
-    return CostReport(*tables, title, rooflines)
+    return CostReport(cost_table(model, task, source.spec, only=only), beside, title, rooflines)

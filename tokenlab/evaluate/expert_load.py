@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tokenlab import data
-from tokenlab.layers.program import BlockStep
+from tokenlab.layers.program import BlockStep, steps_of
 
 LOOKED_AT = 256
 """Examples that the shares are measured on."""
@@ -16,7 +16,7 @@ LOOKED_AT = 256
 
 def has_experts(model: Any) -> bool:
     """Whether some block of the model's stack has experts."""
-    steps = model.program.flat()
+    steps = steps_of(model)
     return any(isinstance(step, BlockStep) and hasattr(step.block.ffn, "num_experts") for step in steps)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tokenlab.core.errors import ConfigError
-from tokenlab.evaluate import metrics, predictions, probe
+from tokenlab.evaluate import codes, metrics, predictions, probe
 from tokenlab.evaluate.predictions import Predictions
 from tokenlab.evaluate.trained import Trained
 from tokenlab.sharding.mesh import make_mesh
@@ -49,10 +49,11 @@ def measure(trained: Trained, split: str, probes: Sequence[str] = ()) -> dict[st
     Returns:
       "split", the task's metrics ("loss", "accuracy", "top5_accuracy"), "stack", "flops_per_example" (counted,
       forward), "images_per_second", or of what else an example is (measured, see `Predictions`), "tokens_per_example"
-      (after embedding),
-      "tokens_out" (at the head), "examples", "parameters" and "checkpoint_step". For a task that classifies also "ece",
-      "calibration" {"ece", "nll", "brier", "bins"}, "per_class" (a row a class) and "most_confused"; with probes
-      "probe", {name: its result}.
+      (after embedding), "tokens_out" (at the head), "examples", "parameters" and "checkpoint_step"; of a model without
+      a stack neither "stack" nor "tokens_out". Of a tokenizer of pictures also "codes" (how many there are),
+      "codes_used" and "code_perplexity", of the whole split. For a task that classifies also "ece", "calibration"
+      {"ece", "nll", "brier", "bins"}, "per_class" (a row a class) and "most_confused"; with probes "probe", {name: its
+      result}.
 
     Raises:
       DataError: there is no such split, or its records are not what the source says.
@@ -77,6 +78,10 @@ def measure_each(trained: Sequence[Trained], split: str, probes: Sequence[str] =
     params = predictions.put(evaluators, [each.params for each in trained])
     found = predictions.predict(evaluators, params, first.source, split, rows)
     measured = [_measured(each, said, split) for each, said in zip(trained, found, strict=True)]
+    for each, stack in zip(measured, trained, strict=True):
+        if codes.gives_codes(stack):
+            found = codes.Coder(stack)(split)
+            each.result.update(codes.used([found.codes], stack.model.codes_count))
     if probes:
         learned = predictions.predict(evaluators, params, first.source, TRAIN, rows)
         for each, train in zip(measured, learned, strict=True):
@@ -125,14 +130,15 @@ def _has_labels(source: Any) -> bool:
 
 
 def _measured(trained: Trained, said: Predictions, split: str) -> Measured:
+    program = trained.model.program
     result = {
         "split": split,
         **said.metrics,
-        "stack": trained.model.stack_text,
+        **({"stack": trained.model.stack_text} if program is not None else {}),
         "flops_per_example": forward_cost(trained.model, trained.task, trained.source.spec).model_flops,
         f"{trained.task.examples}_per_second": said.examples_per_second,
         "tokens_per_example": trained.model.tokens_per_example,
-        "tokens_out": trained.model.program.after,
+        **({"tokens_out": program.after} if program is not None else {}),
         "examples": len(said),
         **({"examples_left_out": said.skipped} if said.skipped else {}),
         "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(trained.params)),

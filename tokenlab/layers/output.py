@@ -16,8 +16,10 @@ class Output:
     """Logits and everything else of one forward pass; what is not used, `jit` prunes.
 
     Attributes:
-      logits: [B, outputs], float32; of a language model [B, N, V], what follows each token.
-      features: what the head reads, [B, D], after the final norm; of a language model [B, N, D].
+      logits: [B, outputs], float32; of a language model [B, N, V], what follows each token; of a model of pictures
+        [B, H, W, C].
+      features: what the head reads, [B, D], after the final norm; of a language model [B, N, D]; of a model of pictures
+        [B, h, w, D], what its codes stand for.
       tokens: all tokens after the final norm [B, N, D].
       aux: losses (weighted already) and metrics of the model's parts.
       trace: tokens at every reduction, when `record` was asked for. Static.

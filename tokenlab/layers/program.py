@@ -232,6 +232,11 @@ class Program:
         }
 
 
+def steps_of(model: Any) -> list[BlockStep | ItemStep]:
+    """Every block and item of a model's stack, see `Program.flat`; none of a model without a stack."""
+    return [] if model.program is None else model.program.flat()
+
+
 def build(
     stack: Stack,
     resolver: Resolver,

@@ -2,8 +2,11 @@
 
 A model file offers `Config`, a frozen dataclass of its settings, and `build(config, **facts)`, which returns an object
 with `init`, `apply`, `logical_axes` and the other methods of `tokenlab.models.vit.ViT`, most of which
-`tokenlab.models.trunk.Trunk` has for it. Stack items, scores and feed-forward layers are looked for first among the
-generic ones in `tokenlab.layers`, then among the methods.
+`tokenlab.models.trunk.Trunk` has for it. A model without a stack, such as `tokenlab.models.vq_image`, has `program`
+None and `stack_text` "", and says in `cost_rows()` which parts a cost table tells apart.
+
+Stack items, scores and feed-forward layers are looked for first among the generic ones in `tokenlab.layers`, then among
+the methods.
 """
 
 from __future__ import annotations

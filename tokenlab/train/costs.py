@@ -12,7 +12,7 @@ from jax import Array
 
 from tokenlab.cost import Cost, CostTable, RowInfo, count
 from tokenlab.cost.table import KINDS
-from tokenlab.layers.program import BlockStep, ItemStep
+from tokenlab.layers.program import BlockStep, ItemStep, steps_of
 from tokenlab.train.step import loss_and_gradients
 
 Spec = Mapping[str, tuple[tuple[int, ...], str]]
@@ -28,7 +28,9 @@ class _Unrolled:
         return getattr(self._model, name)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model.apply(*args, **kwargs, execution="unroll")
+        if self._model.program is not None:
+            kwargs["execution"] = "unroll"
+        return self._model.apply(*args, **kwargs)
 
 
 def batch_shapes(spec: Spec, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -65,15 +67,18 @@ def cost_table(model: Any, task: Any, spec: Spec, batch_size: int = 1, only: Seq
     """Tokens, parameters and counted FLOPs of one example (or of a batch), forward and in training, a row a layer.
 
     Arguments as `train_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
-    they are those its body sees. Rows are in the order of execution, "embed" first and "head" last.
+    they are those its body sees. Rows are in the order of execution, "embed" first and "head" last; a model without a
+    stack names its own.
     """
-    steps = model.program.flat()
+    steps = steps_of(model)
     kinds = (*KINDS, *sorted({s.block.ffn_name for s in steps if isinstance(s, BlockStep)} - set(KINDS)))
     costs = forward_cost(model, task, spec, batch_size), train_cost(model, task, spec, batch_size, only)
     return CostTable.from_costs(*costs, rows=_rows(model, steps), kinds=kinds)
 
 
 def _rows(model: Any, steps: list[BlockStep | ItemStep]) -> list[RowInfo]:
+    if model.program is None:
+        return model.cost_rows()
     state = model.abstract_state()
     rows = [RowInfo("embed", model.tokens_per_example, _size(state["embed"]))]
     for step in steps:
@@ -99,7 +104,7 @@ def active_parameters(model: Any) -> int:
     """
     shapes = model.abstract_state()
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    for step in model.program.flat():
+    for step in steps_of(model):
         if not isinstance(step, BlockStep) or not hasattr(step.block.ffn, "num_experts"):
             continue
         layer, kind = step.block.ffn, dict(step.kinds)["ffn"]

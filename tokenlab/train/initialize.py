@@ -42,11 +42,11 @@ def load(config: InitFrom, shapes: Any, program: Program | None = None) -> dict[
         config: `path` is a workdir or its checkpoints folder: its newest checkpoint is read, of it the moving average
             where one was kept. Parameters under a path of `fresh` are left to initialisation.
         shapes: parameters of the new model (anything with `shape`).
-        program: its stack, for `config.upcycle`.
+        program: its stack, for `config.upcycle`; None for a model without.
 
     Raises:
-        CheckpointError: no readable checkpoint; a parameter that only one side has, or of another shape, and that is
-            not under `fresh`; or a path in `fresh` that neither side has.
+        CheckpointError: no readable checkpoint; nothing to upcycle; a parameter that only one side has, or of another
+            shape, and that is not under `fresh`; or a path in `fresh` that neither side has.
     """
     if config.path is None:
         return {}
@@ -57,6 +57,10 @@ def load(config: InitFrom, shapes: Any, program: Program | None = None) -> dict[
     tree, _ = evaluation_params(config.path)
     source, fresh = f"the checkpoint in {config.path}", config.fresh
     if config.upcycle:
+        if program is None:
+            raise CheckpointError(
+                "config.init_from.upcycle: this model has no stack, so no experts; leave it out."
+            )
         tree, anew = upcycle(tree, program, shapes, noise=config.upcycle_noise, source=source)
         fresh = (*fresh, *anew)
     leaves, _ = fit_state(tree, shapes, fresh, source=source, left_out=False)

@@ -30,7 +30,7 @@ _UNFIT = {
 # Set by fields of their own in the configuration, so not through `options`.
 _OWN_FIELDS = ("learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask")
 
-# Parameters that stay free of weight decay whatever their rank: norms, offsets, positions and learned tokens.
+# Parameters that stay free of weight decay whatever their rank: norms, offsets, positions, learned tokens and codes.
 NOT_DECAYED = (
     "scale",
     "bias",
@@ -41,6 +41,7 @@ NOT_DECAYED = (
     "registers",
     "mask_token",
     "temperature",
+    "codebook",
 )
 
 

@@ -355,10 +355,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_atomic(path, text + "\n")
 
 
-def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file so that it holds all of it or what it held before. Raises TokenLabError."""
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file so that it holds all of it or what it held before. Raises TokenLabError."""
     try:
-        metrics_file.replace(Path(path), text.encode())
+        metrics_file.replace(Path(path), content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise TokenLabError(
             f"cannot write {path}: {error.strerror}; expected a folder that can be written to, with free space"
