@@ -227,7 +227,7 @@ def test_commands_parse(page, added):
             if name == "compare":
                 to_dataclass(CompareConfig, changed)
                 changed = changed.base
-            stack.parse(changed.model.stack or "block", changed.stack_vars.to_dict())
+            stack.parse(changed.model.get("stack") or "block", changed.stack_vars.to_dict())
         elif text := arguments.overrides.get("model.stack"):
             stack.parse(text)
 
