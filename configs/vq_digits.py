@@ -3,6 +3,9 @@
 tokenlab train --config=configs/vq_digits.py --workdir=runs/vq_digits
 tokenlab evaluate --workdir=runs/vq_digits
 tokenlab encode --workdir=runs/vq_digits --out=digits_codes.npz
+
+Seed 0: test psnr 19.5 dB with 444 of 512 codes used, in 29 seconds of training on two CPU cores that did other things
+too.
 """
 
 from ml_collections.config_dict import ConfigDict

