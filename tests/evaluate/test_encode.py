@@ -105,7 +105,9 @@ def test_one_line_says_what_was_written(workdir: Any, tmp_path: Path, capsys: An
     assert " of 64 codes used (perplexity " in said
     assert list(codes_file.read(out).codes) == ["test", "validation"]
     before = out.read_bytes()
-    assert cli.main([*words[:-1], "--split=validation"]) == 2
+    with pytest.MonkeyPatch.context() as patch:  # said before any work is done
+        patch.setattr(encode, "load", lambda *_: pytest.fail("work began"))
+        assert cli.main([*words[:-1], "--split=validation"]) == 2
     assert "exists already: give another file, or --overwrite" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert cli.main([*words[:-1], "--split=validation", "--overwrite"]) == 0

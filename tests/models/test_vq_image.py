@@ -176,7 +176,7 @@ def test_counted_cost_is_that_of_the_convolutions() -> None:
 
 def test_seconds_of_training_leave_a_fraction_of_the_variance() -> None:
     """Digits, 2x2 codes of 64, one device."""
-    source, steps, rows = data.build({"name": "digits"}), 100, 64
+    source, steps, rows = data.build({"name": "digits"}), 60, 64
     settings = {"size": "tiny", "factor": 4, "width": 16, "blocks": 0, "codes": 64}
     model, task = build(settings, source.spec), tasks.build({"name": "reconstruct"})
     optimizer = optimizers.build(OptimizerConfig(learning_rate=0.01, weight_decay=0.0), steps)
@@ -192,7 +192,7 @@ def test_seconds_of_training_leave_a_fraction_of_the_variance() -> None:
     images = source.read("test", np.arange(64))["image"]
     off = np.asarray(jax.jit(model.apply)(state.params, {"image": images}).logits) - images
     left_by_the_mean = float(((images - images.mean(0)) ** 2).mean())
-    assert float((off**2).mean()) < 0.6 * left_by_the_mean
+    assert float((off**2).mean()) < 0.7 * left_by_the_mean
 
 
 # ---------------------------------------------------------------------------------------------------- eight devices

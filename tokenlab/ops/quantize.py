@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -197,9 +196,9 @@ def histogram(codes: Array, count: int, weight: Array | None = None) -> Array:
       [K] float32, the sum of the weights of the examples at each of its occurrences.
     """
     weight = jnp.ones(codes.shape[0], jnp.float32) if weight is None else weight.astype(jnp.float32)
-    # Counted an example at a time and then added up, so that a batch split over devices is counted where it lies.
-    each = jax.vmap(lambda row, w: jnp.zeros(count, jnp.float32).at[row.reshape(-1)].add(w))(codes, weight)
-    return jnp.sum(each, axis=0)
+    places = codes.reshape(codes.shape[0], -1)
+    each = jnp.broadcast_to(weight[:, None], places.shape)
+    return jnp.zeros(count, jnp.float32).at[places].add(each)
 
 
 class Usage(NamedTuple):
