@@ -67,6 +67,13 @@ def test_fresh_leaves_are_not_taken() -> None:
         )
 
 
+def test_fresh_leaves_may_be_named_by_a_pattern() -> None:
+    leaves, _ = fit_state(saved("block*2"), shapes("block*2"), fresh=("blocks/*_norm/*", "head/*"))
+    assert leaves and not any("_norm/" in path or path.startswith("head") for path in leaves)
+    with pytest.raises(CheckpointError, match=r"fresh has 'blocks/\*_norms/\*', which is no parameter"):
+        fit_state(saved("block*2"), shapes("block*2"), fresh=("blocks/*_norms/*",))
+
+
 @pytest.mark.parametrize(
     ("weights", "wanted", "fresh", "words"),
     [

@@ -152,7 +152,8 @@ class InitFrom:
 
     Attributes:
         path: workdir of another run, or one of its checkpoints; None = a fresh initialisation.
-        fresh: parameter paths ("head", "items/keep") that are initialised anew instead of loaded.
+        fresh: parameter paths ("head", "items/keep") or patterns of them ("blocks/moma/auxiliary_*") that are
+            initialised anew instead of loaded.
         upcycle: that run is dense and this one has experts, which begin as copies of its feed-forward layers; routers
             begin anew. See `tokenlab.models.upcycle`.
         upcycle_noise: standard deviation of noise on each copy, relative to that of the parameter; >= 0.

@@ -23,7 +23,7 @@ who is taken (section 4.6):
 
 and outside training token n goes to expert e when a[n, e] > 1/2, weighted by s[n, e] as before; in whole sequences
 while there is room for `room` times as many choices as in training, in generation always. Auxiliary routers may be
-trained beside the model, which they do not touch, or after it (`weight=0.0` first).
+trained beside the model, which they do not touch, or after it (`decide=topk` first).
 
 The paper ranks the tokens of a whole batch together; here it is those of `sequences` examples, one by default, so that
 no result depends on what else is computed.
