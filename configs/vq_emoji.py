@@ -4,8 +4,8 @@ tokenlab train --config=configs/vq_emoji.py --workdir=runs/vq_emoji
 tokenlab evaluate --workdir=runs/vq_emoji
 tokenlab encode --workdir=runs/vq_emoji --out=emoji_codes.npz
 
-Seed 0, 600 steps: test psnr 19.9 dB with 210 of 512 codes used, in 419 seconds of training on two CPU cores that did other
-things too.
+Seed 0, 600 steps: test psnr 19.9 dB with 210 of 512 codes used, in 419 seconds of training on two CPU cores that did
+other things too.
 """
 
 from ml_collections.config_dict import ConfigDict
