@@ -85,12 +85,19 @@ def with_modality(run):
     return models.build(config.model, spec=spec, num_outputs=515), spec
 
 
-@pytest.mark.parametrize("run", MOMA)
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, marks=() if run in ("90M-4t4i", "110M-mod-4t4i") else pytest.mark.slow)
+        for run in MOMA
+    ],
+)
 def test_moma_has_the_published_parameters(run):
     model, _ = with_modality(run)
     assert parameters(model) / 1e9 == pytest.approx(MOMA[run], rel=0.03)
 
 
+@pytest.mark.slow
 def test_experts_by_modality_train_at_the_cost_of_the_dense_model():
     """Routers and auxiliary routers aside, which are a hundredth; mixed experts the same."""
     from tokenlab.train.costs import train_cost

@@ -61,7 +61,7 @@ class ResidualBlock(nn.Module):
         return _split(self, x + y)
 
 
-class Encoder(nn.Module):
+class ConvEncoder(nn.Module):
     """Pictures to features.
 
     Attributes:
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         return RMSNorm(self.dtype, name="norm")(x)
 
 
-class Decoder(nn.Module):
+class ConvDecoder(nn.Module):
     """Features to pictures, the encoder's way backwards.
 
     Attributes:

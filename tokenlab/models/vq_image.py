@@ -174,9 +174,9 @@ class VQImage:
         return {"name": "vq_image", **given}
 
     @cached_property
-    def encoder(self) -> conv.Encoder:
+    def encoder(self) -> conv.ConvEncoder:
         """The module under state["encoder"]."""
-        return conv.Encoder(self.widths, self._blocks, self.dtype)
+        return conv.ConvEncoder(self.widths, self._blocks, self.dtype)
 
     @cached_property
     def quantizer(self) -> VQ | FSQ:
@@ -187,9 +187,9 @@ class VQImage:
         return VQ(self.widths[-1], self.dtype, width=given.pop("code_width"), **given)
 
     @cached_property
-    def decoder(self) -> conv.Decoder:
+    def decoder(self) -> conv.ConvDecoder:
         """The module under state["decoder"]."""
-        return conv.Decoder(self.widths, self._blocks, self.image[2], self.dtype)
+        return conv.ConvDecoder(self.widths, self._blocks, self.image[2], self.dtype)
 
     # ------------------------------------------------------------------------------------------ weights
 

@@ -99,6 +99,7 @@ def test_equal_to_one_device_and_tokens_travel_instead_of_weights(name, sizes):
             assert not {shape[-2:] for shape in each.shapes} & weights, f"weights of experts move: {each}"
 
 
+@pytest.mark.slow
 def test_one_expert_for_a_modality_lies_where_the_tokens_are():
     layer = LAYERS["moma"].clone(text=4, image=1)
     params = start(layer)
