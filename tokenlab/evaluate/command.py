@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,9 @@ from tokenlab.evaluate.trained import Trained, load_each
 from tokenlab.train import compilation
 from tokenlab.train.manifest import Which
 from tokenlab.train.records import read_metrics, write_json
+
+Painter = Callable[[Trained, str, Path], list[str]]
+"""Draws a trained model's view of a split into the workdir; returns a line for each picture: written, or why not."""
 
 PIPE_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -29,6 +32,7 @@ def run(
     checkpoint: Which = "latest",
     per_class: bool = False,
     probes: str | None = None,
+    painters: Sequence[Painter] = (),
 ) -> dict[str, Any]:
     """Evaluate, print a table, write what is asked for.
 
@@ -43,6 +47,7 @@ def run(
       checkpoint: "latest", "best" or a step.
       per_class: also print a table of the classes.
       probes: "knn", "linear" or "knn,linear": what to learn from the features of the train split.
+      painters: what else draws, unless `pictures` is False; they get the first stack.
 
     Returns:
       What `measure` returns, and the JSON file holds; for several stacks {"split", "stacks": [result, ...]}.
@@ -69,7 +74,10 @@ def run(
     if json is not None:
         write_json(json, answer)
     if pictures:
-        for line in draw(trained, measured, Path(workdir), split, everything=pictures == "all"):
+        lines = draw(trained, measured, Path(workdir), split, everything=pictures == "all")
+        for painter in painters:
+            lines += painter(first, split, Path(workdir))
+        for line in lines:
             _console().print(line, markup=False, highlight=False, soft_wrap=True)
     return answer
 

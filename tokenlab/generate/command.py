@@ -11,9 +11,11 @@ from typing import Any, TextIO
 import jax
 
 from tokenlab.core.errors import ConfigError
+from tokenlab.data.image_text import ImageTextVocabulary
 from tokenlab.data.text.tokenizer import Decoder
 from tokenlab.evaluate.trained import Trained, load
 from tokenlab.generate.generator import Generator, check_seed
+from tokenlab.generate.grammar import Grammar
 from tokenlab.models.decoder_lm import DecoderLM
 from tokenlab.ops.sample import Sampling
 from tokenlab.train import compilation
@@ -33,6 +35,8 @@ def run(
     file: TextIO | None = None,
 ) -> list[str]:
     """Generate text and print it, of one prompt as it comes, of several one after the other at the end.
+
+    Text alone, also of a run on pictures and text: `tokenlab.generate.draw` draws pictures.
 
     Args:
       workdir: of a training run of a decoder language model.
@@ -66,6 +70,7 @@ def run(
         new=tokens,
         sampling=sampling,
         end=tokenizer.end,
+        grammar=Grammar.of(tokenizer, pictures=False) if isinstance(tokenizer, ImageTextVocabulary) else None,
     )
     generator.padded(encoded)  # what is wrong is said before anything is printed
     check_seed(seed)

@@ -13,6 +13,7 @@ from flax import struct
 from jax import Array, lax
 
 from tokenlab.core.errors import TokenLabError
+from tokenlab.generate.grammar import Grammar
 from tokenlab.models.decoder_lm import DecoderLM, Memory
 from tokenlab.ops.sample import Sampling, sample
 
@@ -26,12 +27,14 @@ class Going:
       ended: [B] bool, the end of the document was drawn.
       drawn: [] int32, tokens drawn so far.
       memory: of what was read.
+      left: [B] int32, the state of the grammar behind what was read; None without one.
     """
 
     token: Array
     ended: Array
     drawn: Array
     memory: Memory
+    left: Array | None = None
 
 
 class Generator:
@@ -45,9 +48,11 @@ class Generator:
       sampling: how each is drawn.
       end: the id that ends a document; None goes on to the last token.
       chunk: tokens that are handed out together, >= 1.
+      grammar: of pictures among text; a model that is `modal` needs it, since it says what each id stands for.
 
     Raises:
-      TokenLabError: a count below 1, or a stack that cannot run token by token.
+      TokenLabError: a count below 1, a stack that cannot run token by token, or a grammar that is missing or is of
+        other ids than the model's.
     """
 
     def __init__(
@@ -60,10 +65,21 @@ class Generator:
         sampling: Sampling | None = None,
         end: int | None = None,
         chunk: int = 16,
+        grammar: Grammar | None = None,
     ) -> None:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise TokenLabError(f"chunk is {chunk!r}; expected a number of tokens >= 1.")
-        self.functions = model.generation(prompt, new)
+        if model.modal and grammar is None:
+            raise TokenLabError(
+                "generate: the model reads what each token stands for, and no grammar is given; expected "
+                "grammar=Grammar.of(VOCABULARY), with the vocabulary of the data it was trained on."
+            )
+        if grammar is not None and grammar.outputs != model.num_outputs:
+            raise TokenLabError(
+                f"generate: the grammar is of {grammar.outputs} ids and the model of {model.num_outputs}; expected "
+                "that of the vocabulary it was trained on."
+            )
+        self.functions, self.grammar = model.generation(prompt, new), grammar
         self.sampling, self.end, self.chunk = sampling or Sampling(), end, min(chunk, new)
         self._params = params
         self.lost = 0
@@ -89,11 +105,11 @@ class Generator:
 
         Raises:
           TokenLabError: no prompt, an empty one, one longer than P, what is no row of ids, ids outside the vocabulary,
-            or a seed that is no whole number of 32 bits.
+            ids that the grammar does not allow where they stand, or a seed that is no whole number of 32 bits.
         """
         ids, length = self.padded(prompts)
         key, self.lost = jax.random.key(check_seed(seed)), 0
-        going = self._start(self.weights, ids, length, key)
+        going = self._start(self.weights, ids, length, self._states(prompts), key)
         left = self.functions.new
         while left > 0:
             tokens, going = self._more(self.weights, going, key)
@@ -133,15 +149,32 @@ class Generator:
                     f"generate: prompt {row} has ids from {each.min()} to {each.max()}; expected 0 to {vocabulary - 1}."
                 )
             ids[row, : len(each)] = each
+        self._states(prompts)
         return ids, length
+
+    def _states(self, prompts: Sequence[np.ndarray]) -> np.ndarray | None:
+        """The state of the grammar behind each prompt, int32 [B]."""
+        if self.grammar is None:
+            return None
+        return np.array(
+            [self.grammar.after(ids, f"prompt {row}") for row, ids in enumerate(prompts)], np.int32
+        )
+
+    def _modality(self, ids: Array) -> Array | None:
+        return self.grammar.modality(ids) if self.functions.model.modal else None
+
+    def _draw(self, logits: Array, left: Array | None, key: Array) -> Array:
+        """One token of each, [B] int32, among those that may follow."""
+        may = logits if self.grammar is None else self.grammar.allow(left, logits)
+        return sample(may, key, self.sampling)
 
     @cached_property
     def _start(self) -> Any:
-        def prefill(weights: Any, ids: Array, length: Array, key: Array) -> Going:
+        def prefill(weights: Any, ids: Array, length: Array, left: Array | None, key: Array) -> Going:
             self.traces["prefill"] += 1
-            logits, memory = self.functions.prefill(weights, ids, length, key)
-            token = sample(logits, jax.random.fold_in(key, 0), self.sampling)
-            return Going(token, jnp.zeros(token.shape, bool), jnp.int32(0), memory)
+            logits, memory = self.functions.prefill(weights, ids, length, key, modality=self._modality(ids))
+            token = self._draw(logits, left, jax.random.fold_in(key, 0))
+            return Going(token, jnp.zeros(token.shape, bool), jnp.int32(0), memory, left)
 
         return jax.jit(prefill)
 
@@ -154,10 +187,12 @@ class Generator:
             def one(going: Going, _: None) -> tuple[Going, Array]:
                 token = going.token if self.end is None else jnp.where(going.ended, self.end, going.token)
                 ended = going.ended if self.end is None else token == self.end
-                logits, memory = self.functions.step(weights, token, going.memory, key)
+                modality = self._modality(token)
+                logits, memory = self.functions.step(weights, token, going.memory, key, modality=modality)
+                left = None if self.grammar is None else self.grammar.advance(going.left, token)
                 drawn = going.drawn + 1
-                after = sample(logits, jax.random.fold_in(key, drawn), self.sampling)
-                return Going(after, ended, drawn, memory), token
+                after = self._draw(logits, left, jax.random.fold_in(key, drawn))
+                return Going(after, ended, drawn, memory, left), token
 
             going, tokens = lax.scan(one, going, length=self.chunk)
             return tokens, going

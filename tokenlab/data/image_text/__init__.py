@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenlab.data.image_text.codec import Coded, Grey, Pixels, encode
+from tokenlab.data.image_text.pairs import Pair, pairs
 from tokenlab.data.image_text.source import (
     Document,
     ImageTextConfig,
@@ -19,9 +20,11 @@ __all__ = [
     "ImageTextConfig",
     "ImageTextSource",
     "ImageTextVocabulary",
+    "Pair",
     "Pixels",
     "WithoutExamples",
     "documents",
     "encode",
+    "pairs",
     "saved",
 ]
