@@ -31,7 +31,11 @@ def train(arguments: Arguments) -> None:
     wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
     from tokenlab.train import run
 
-    run(wanted, arguments.values["workdir"], profile="profile" in arguments.switches)
+    sampler = None
+    if wanted.get("sample_every"):
+        from tokenlab.generate import Samples as sampler
+
+    run(wanted, arguments.values["workdir"], profile="profile" in arguments.switches, sampler=sampler)
 
 
 def evaluate(arguments: Arguments) -> None:

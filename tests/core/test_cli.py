@@ -82,7 +82,9 @@ class TestTrain:
         words = ("train", f"--config={config}", "--workdir=/w/d")
         run(capsys, *words)
         run(capsys, *words, "--profile")
-        assert [how for _, how in calls] == [{"profile": False}, {"profile": True}]
+        assert [how for _, how in calls] == [
+            {"profile": profile, "sampler": None} for profile in (False, True)
+        ]
 
     def test_mistakes_in_the_config_are_told_before_anything_is_run(self, config, package, capsys):
         calls = package("tokenlab.train", "run")
@@ -95,6 +97,7 @@ class TestTrain:
 class TestEvaluate:
     def test_what_is_handed_on(self, tmp_path, package, capsys):
         calls = package("tokenlab.evaluate", "run", {})
+        package("tokenlab.generate", "drawn")
         words = (
             "evaluate",
             f"--workdir={tmp_path}",
@@ -105,7 +108,8 @@ class TestEvaluate:
         assert run(capsys, "evaluate", "--workdir", tmp_path, "--no-pictures")[0] == 0
         more = ("--pictures", "--per-class", "--probe=knn,linear")
         assert run(capsys, "evaluate", "--workdir", tmp_path, *more, "--checkpoint=30")[0] == 0
-        rest = {"overrides": {}, "split": "test", "json": None}
+        both_ways = {"painters": (sys.modules["tokenlab.generate"].drawn,)}
+        rest = {"overrides": {}, "split": "test", "json": None, **both_ways}
         assert calls == [
             (
                 (str(tmp_path),),
@@ -117,6 +121,7 @@ class TestEvaluate:
                     "pictures": True,
                     "per_class": False,
                     "probes": None,
+                    **both_ways,
                 },
             ),
             (

@@ -19,6 +19,7 @@ from tokenlab.compare.config import CompareConfig
 from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 from tokenlab.evaluate import expert_load, tokens_picture
+from tokenlab.generate import Samples
 from tokenlab.layers.program import ItemStep, steps_of
 from tokenlab.train.records import write_atomic, write_json
 
@@ -106,7 +107,7 @@ def _train(runs: Sequence[tuple[Arm, int]], folder: Path, console: Console) -> l
         told = where / results.DIVERGED
         told.unlink(missing_ok=True)
         try:
-            train.run(arm.run_config(seed), where, experiment=arm.experiment.with_seed(seed))
+            train.run(arm.run_config(seed), where, experiment=arm.experiment.with_seed(seed), sampler=Samples)
         except NonFiniteError as error:
             write_atomic(told, f"{error}\n")
             diverged.append(f"{arm.name}, seed {seed}")

@@ -36,7 +36,14 @@ class BothWays:
 
     def __init__(self, model: DecoderLM, params: Any, vocabulary: ImageTextVocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
+        self._generators: dict[Any, Generator] = {}
+        self.use(params)
+
+    def use(self, params: Any) -> None:
+        """Go on with other weights of the same model; nothing is compiled anew."""
         self._params = jax.device_put(params)
+        for generator in self._generators.values():
+            generator.use(self._params)
 
     @property
     def caption_room(self) -> int:
@@ -67,14 +74,12 @@ class BothWays:
         encoded = self.encoded(captions)
         known = self.vocabulary
         height, width = known.grid
-        generator = Generator(
-            self.model,
-            self._params,
+        generator = self._generator(
             prompt=self.caption_room + 1,
             new=height * width,
             sampling=sampling,
             chunk=height * width,
-            grammar=Grammar.of(known),
+            pictures=True,
         )
         prompts = [np.append(ids, known.begin).astype(np.int32) for ids in encoded for _ in range(samples)]
         codes = generator(prompts, seed) - known.first_code
@@ -100,17 +105,19 @@ class BothWays:
         known = self.vocabulary
         prompts = list(known.pictures(codes))
         most = len(prompts[0])
-        generator = Generator(
-            self.model,
-            self._params,
-            prompt=most,
-            new=self.model.length - most if tokens is None else tokens,
-            sampling=sampling,
-            end=known.end,
-            chunk=CHUNK,
-            grammar=Grammar.of(known, pictures=False),
+        new = self.model.length - most if tokens is None else tokens
+        generator = self._generator(
+            prompt=most, new=new, sampling=sampling, end=known.end, chunk=CHUNK, pictures=False
         )
         return [known.decode(ids[ids != known.end]) for ids in generator(prompts, seed)]
+
+    def _generator(self, *, pictures: bool, **settings: Any) -> Generator:
+        """The generator with these settings, made when it is first asked for."""
+        key = (pictures, *settings.items())
+        if key not in self._generators:
+            grammar = Grammar.of(self.vocabulary, pictures=pictures)
+            self._generators[key] = Generator(self.model, self._params, grammar=grammar, **settings)
+        return self._generators[key]
 
     def encoded(self, captions: Sequence[str]) -> list[np.ndarray]:
         """The ids of captions, int32 [T] each. Raises as `pictures`."""

@@ -90,7 +90,16 @@ class Generator:
     @cached_property
     def weights(self) -> Any:
         """The weights as the functions read them."""
-        return jax.jit(self.functions.prepare)(self._params)
+        return self._prepare(self._params)
+
+    def use(self, params: Any) -> None:
+        """Go on with other weights of the same model; nothing is compiled anew."""
+        self._params = params
+        self.__dict__.pop("weights", None)
+
+    @cached_property
+    def _prepare(self) -> Any:
+        return jax.jit(self.functions.prepare)
 
     def stream(self, prompts: Sequence[np.ndarray], seed: int = 0) -> Iterator[np.ndarray]:
         """What follows each prompt, as it comes.

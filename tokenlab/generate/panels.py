@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 
 from tokenlab.evaluate import paint, style
 from tokenlab.evaluate.sheet import LINE, Sheet, wrap
@@ -15,7 +16,7 @@ from tokenlab.evaluate.sheet import LINE, Sheet, wrap
 GAP, APART, MARGIN, HEADING = 4, 24, 16, 30
 """Pixels: between pictures of a panel, between panels, around everything, a line of a heading."""
 
-SIDE, LEAST, WIDEST = 96, 230, 1300
+SIDE, LEAST, WIDEST = 96, 240, 1320
 """Pixels: height that pictures are brought to in whole numbers, width of a panel at least, and of the sheet about."""
 
 
@@ -64,6 +65,17 @@ def draw(path: str | os.PathLike[str], sections: Sequence[Section]) -> Path:
     return style.save(sheet.figure, path)
 
 
+def drawable(text: str) -> str:
+    """The text with what is no character of the font, or does not print, as Python would escape it."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+
+    def shown(character: str) -> str:
+        fits = character.isprintable() and font.get_char_index(ord(character))
+        return character if fits else character.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
+
+
 class _Placed:
     """A section laid out: `width` and `height` in pixels."""
 
@@ -76,7 +88,8 @@ class _Placed:
         self._panel = max(LEAST, most * (self._side[1] + GAP) - GAP)
         self._across = min(len(section.panels), max(1, (WIDEST + APART) // (self._panel + APART)))
         self._lines = [
-            [part for line in panel.lines for part in wrap(line, self._panel)] for panel in self._panels
+            [part for line in panel.lines for part in wrap(drawable(line), self._panel)]
+            for panel in self._panels
         ]
         self._text = LINE * max(map(len, self._lines)) + GAP
         self._down = self._text + self._side[0] + APART

@@ -16,10 +16,8 @@ from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.data.image_text import ImageTextVocabulary, Pair, Pixels, pairs
 from tokenlab.evaluate.pixels import pixels_for
 from tokenlab.evaluate.trained import Trained, load
-from tokenlab.generate import panels
 from tokenlab.generate.both_ways import BothWays, read_image
 from tokenlab.generate.generator import check_seed
-from tokenlab.generate.panels import Panel, Section
 from tokenlab.models.decoder_lm import DecoderLM
 from tokenlab.ops.sample import Sampling
 from tokenlab.train import compilation
@@ -28,7 +26,7 @@ from tokenlab.train.manifest import Which
 SAMPLES = 4
 """Pictures of a caption, where nothing is said."""
 
-CAPTIONS, EACH, PICTURES = 8, 3, 12
+CAPTIONS, EACH, PICTURES = 6, 3, 10
 """In both_ways.png: captions, pictures sampled of each, and pictures that captions are sampled of."""
 
 SAMPLING = Sampling(0.8)
@@ -63,15 +61,21 @@ def draw(
       DataError: the codes of its pictures are those of a file that is not there any more.
       TokenLabError: as `BothWays.pictures` and `tokenlab.evaluate.load`.
     """
+    from tokenlab.generate import panels  # matplotlib takes a second to import
+
     trained = load(workdir, overrides, checkpoint, examples=False)
     both, pixels = _both_ways(trained)
     check_seed(seed)
     codes = both.pictures(captions, samples, sampling=sampling, seed=seed)
     for note in trained.notes:
         print(note, file=sys.stderr)
-    shown = [Panel((caption,), pixels.decode(each)) for caption, each in zip(captions, codes, strict=True)]
-    heading = f"{both.model.stack_text}, step {trained.step}: sampled of captions"
-    print(f"wrote {panels.draw(out, [Section(heading, shown)])}: {codes.shape[0] * codes.shape[1]} pictures")
+    shown = [
+        panels.Panel((caption,), pixels.decode(each)) for caption, each in zip(captions, codes, strict=True)
+    ]
+    heading = f"step {trained.step}: {samples} sampled of each caption"
+    print(
+        f"wrote {panels.draw(out, [panels.Section(heading, shown)])}: {codes.shape[0] * codes.shape[1]} pictures"
+    )
     return codes
 
 
@@ -167,6 +171,8 @@ def sheet(
     Raises:
       TokenLabError: as `BothWays`. DataError: there is no such split.
     """
+    from tokenlab.generate import panels  # as in `draw`
+
     chosen: dict[str, Pair] = {}
     others: list[Pair] = []
     for pair in pairs(source, split):
@@ -181,20 +187,20 @@ def sheet(
     others = others or firsts
     said = both.captions(np.stack([pair.codes for pair in others]), sampling=SAMPLING)
     to_pictures = [
-        Panel((pair.caption,), pixels.decode(np.concatenate([pair.codes[None], codes])))
+        panels.Panel((pair.caption,), pixels.decode(np.concatenate([pair.codes[None], codes])))
         for pair, codes in zip(firsts, sampled, strict=True)
     ]
     to_captions = [
-        Panel((f"real: {pair.caption}", f"sampled: {text}"), pixels.decode(pair.codes[None]))
+        panels.Panel((f"real: {pair.caption}", f"sampled: {text}"), pixels.decode(pair.codes[None]))
         for pair, text in zip(others, said, strict=True)
     ]
     return panels.draw(
         path,
         [
-            Section(
+            panels.Section(
                 f"{title}: captions, each with its picture first and then {EACH} sampled of it", to_pictures
             ),
-            Section(f"{title}: pictures, each with its caption and one sampled of it", to_captions),
+            panels.Section(f"{title}: pictures, each with its caption and one sampled of it", to_captions),
         ],
     )
 

@@ -184,6 +184,8 @@ class TrainConfig:
         log_every: steps between training records, >= 1.
         eval_every: steps between evaluations; 0 = only at the end.
         checkpoint_every: steps between checkpoints; 0 = only at the end.
+        sample_every: steps between pictures of what the model samples (and one at the end); 0 = none. For runs on
+            pictures and text.
         keep_checkpoints: newest checkpoints that are kept (the best one is kept besides), >= 1.
         model, task, data: what `models.build`, `tasks.build` and `data.build` read.
         stack_vars: values of the names in the stack: numbers, or schedules such as "0:1.0, 1000:0.5".
@@ -198,6 +200,7 @@ class TrainConfig:
     log_every: int = 50
     eval_every: int = 200
     checkpoint_every: int = 200
+    sample_every: int = 0
     keep_checkpoints: int = 2
     model: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -216,6 +219,7 @@ class TrainConfig:
         _whole("steps", self.steps, 1, "a number of steps >= 1")
         _whole("batch_size", self.batch_size, 1, "a number of examples >= 1")
         _whole("log_every", self.log_every, 1, "a number of steps >= 1")
+        _whole("sample_every", self.sample_every, 0, "a number of steps >= 1, or 0 for none")
         _whole("eval_every", self.eval_every, 0, "a number of steps >= 1, or 0 for only at the end")
         _whole(
             "checkpoint_every", self.checkpoint_every, 0, "a number of steps >= 1, or 0 for only at the end"

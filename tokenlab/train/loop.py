@@ -36,6 +36,9 @@ from tokenlab.train.state import TrainState, check_health, evaluation_params
 from tokenlab.train.step import Report
 from tokenlab.train.stopwatch import Stopwatch
 
+Sampler = Callable[[Any, int], str]
+"""Draws what a model samples: of weights (`evaluation_params` of the train state) and steps done; returns a line."""
+
 AHEAD = 4
 """Steps the host may run before the devices: enough to keep them busy, and few enough that their batches are no burden
 and that a signal is answered soon."""
@@ -47,6 +50,7 @@ def run(
     *,
     experiment: experiments.Experiment | None = None,
     profile: bool = False,
+    sampler: Callable[[Experiment, Path], Sampler] | None = None,
 ) -> dict[str, Any]:
     """Trains what `config` describes, or goes on with it where `workdir` holds a part of that run.
 
@@ -56,6 +60,8 @@ def run(
             events and checkpoints/.
         experiment: built of `config` already, by one who trains it from several seeds; None builds it.
         profile: trace a few steps into `workdir`/profile, see `tokenlab.train.profile`.
+        sampler: makes what draws samples every `config.sample_every` steps (`tokenlab.generate.Samples`), of the
+            experiment and the workdir; it raises what makes that impossible, and is not called where that is 0.
 
     Returns:
         "step", "flops", "tokens", "seconds" and "data_seconds" (of these, with no step to do for want of batches) of
@@ -71,6 +77,7 @@ def run(
     experiment = experiments.build(config) if experiment is None else experiment
     if profile:
         window(0, experiment.config.steps, experiment.stack_vars.changes(experiment.config.steps))
+    draws = _sampler(experiment, Path(workdir), sampler)
     loaded: Mapping[str, Any] = {}
     if not _has_checkpoint(Path(workdir)):
         model = experiment.model
@@ -97,10 +104,25 @@ def run(
             )
         )
         interrupt = stack.enter_context(Interrupt())
-        trainer = Trainer(experiment, folder, checkpoints, progress, interrupt, begun)
+        trainer = Trainer(experiment, folder, checkpoints, progress, interrupt, begun, draws)
         trainer.start(loaded)
         traced = folder.path / "profile" if profile and jax.process_index() == 0 else None
         return trainer.train(stack.enter_context(Profiler(traced, trainer.stopwatch.paused)))
+
+
+def _sampler(
+    experiment: Experiment, workdir: Path, made_by: Callable[[Experiment, Path], Sampler] | None
+) -> Sampler | None:
+    """What draws samples, where the configuration asks for them."""
+    every = experiment.config.sample_every
+    if not every:
+        return None
+    if made_by is None:
+        raise ConfigError(
+            f"config.sample_every is {every}, and nothing that draws samples was given: expected 0, or "
+            "train.run(..., sampler=tokenlab.generate.Samples), as `tokenlab train` does."
+        )
+    return made_by(experiment, workdir)
 
 
 def _has_checkpoint(workdir: Path) -> bool:
@@ -116,6 +138,7 @@ class Trainer:
         folder, checkpoints, progress: where to write, save and report.
         interrupt: tells of signals.
         begun: `time.perf_counter()` at the start of the run.
+        sampler: draws samples at every `config.sample_every`-th step; None where that is 0.
 
     Attributes:
         step: steps done.
@@ -137,10 +160,11 @@ class Trainer:
         progress: Progress,
         interrupt: Interrupt,
         begun: float,
+        sampler: Sampler | None = None,
     ) -> None:
         self.experiment, self.config = experiment, experiment.config
         self.folder, self.checkpoints = folder, checkpoints
-        self.progress, self.interrupt = progress, interrupt
+        self.progress, self.interrupt, self._sampler = progress, interrupt, sampler
         self.step, self.flops, self.tokens = 0, 0, 0
         self.results: dict[str, dict[str, Any]] = {}
         self.stopwatch, self.waited = Stopwatch(), 0.0
@@ -264,11 +288,11 @@ class Trainer:
 
     def _is_due(self) -> bool:
         config, step = self.config, self.step
-        every = (config.log_every, config.eval_every, config.checkpoint_every)
+        every = (config.log_every, config.eval_every, config.checkpoint_every, config.sample_every)
         return step == config.steps or any(count and step % count == 0 for count in every)
 
     def _visit(self, report: Report, *, stop: bool) -> None:
-        """What happens after some steps: record, evaluation, checkpoint, stop.
+        """What happens after some steps: record, evaluation, samples, checkpoint, stop.
 
         In this order, so that a checkpoint of a step stands for all its records: what is lost with a process that
         dies in between is done again.
@@ -285,6 +309,8 @@ class Trainer:
                 metrics = self._evaluate(config.eval.split)
             if last and config.eval.final_split is not None:
                 self._evaluate(config.eval.final_split)
+            if self._sampler and (last or step % config.sample_every == 0):
+                self._sample(self._sampler)
             if last or stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 self._save(metrics, wait=last or stop)
         if stop:
@@ -308,6 +334,13 @@ class Trainer:
         self._tell_left_out(split, found.skipped)
         self._record(split, found.metrics)
         return found.metrics
+
+    def _sample(self, sampler: Sampler) -> None:
+        check_health(jax.device_get(self.state.health), self._leaf_names)
+        with jax.transfer_guard(
+            "allow"
+        ):  # prompts and drawn tokens go back and forth, and nothing waits for them
+            self.progress.note(sampler(evaluation_params(self.state), self.step))
 
     def _record(self, split: str, metrics: Mapping[str, float]) -> None:
         record = {"step": self.step, "split": split, **metrics, **self._totals()}

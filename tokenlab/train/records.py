@@ -7,6 +7,7 @@ metrics.jsonl          one JSON object a line: step, split, metrics
 metrics.aside-1.jsonl  records that a resumed run makes anew, moved out of its way
 tensorboard/           the same records for TensorBoard
 checkpoints/           see tokenlab/train/checkpoint.py
+samples/               pictures of what the model sampled, where config.sample_every asks for them
 .lock                  held by the process that trains here
 """
 
@@ -40,6 +41,7 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "checkpoint_every",
+    "sample_every",
     "keep_checkpoints",
     "data.corrupt",
     "data.memory",
