@@ -87,6 +87,19 @@ def test_pictures_of_captions_have_all_their_codes_and_differ():
     np.testing.assert_array_equal(both().pictures(["six", "four!"], 3, seed=1), codes)
 
 
+def test_what_finds_no_room_is_counted_and_nothing_else():
+    """A full prompt and as many tokens as there is room for lose none; a layer that holds few of those that want in."""
+    codes = np.zeros((2, 2, 3), int)
+    roomy = decoders.build("block", N, outputs=V, modal=True)
+    own = BothWays(roomy, decoders.weights(roomy), VOCABULARY)
+    own.captions(codes, tokens=13)
+    assert own.lost == 0
+    tight = decoders.build("mod(keep=0.1, by=random, gate=one, room=1.0)(block)", N, outputs=V, modal=True)
+    own = BothWays(tight, decoders.weights(tight), VOCABULARY)
+    own.captions(np.zeros((9, 2, 3), int), tokens=13)
+    assert own.lost > 0
+
+
 def test_captions_of_pictures_are_text_alone():
     codes = np.random.default_rng(0).integers(0, 5, (3, 2, 3))
     said = both().captions(codes, tokens=4, sampling=Sampling(0.0))

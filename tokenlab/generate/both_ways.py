@@ -19,7 +19,7 @@ from tokenlab.models.decoder_lm import DecoderLM
 from tokenlab.ops.sample import Sampling
 
 CHUNK = 16
-"""Tokens of captions that are drawn before it is asked whether all have ended."""
+"""Most tokens of captions that are drawn before it is asked whether all have ended."""
 
 
 class BothWays:
@@ -36,6 +36,8 @@ class BothWays:
 
     def __init__(self, model: DecoderLM, params: Any, vocabulary: ImageTextVocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
+        self.lost = 0
+        """Tokens that some layer had no room for, the most of any prompt of the last call."""
         self._generators: dict[Any, Generator] = {}
         self.use(params)
 
@@ -83,6 +85,7 @@ class BothWays:
         )
         prompts = [np.append(ids, known.begin).astype(np.int32) for ids in encoded for _ in range(samples)]
         codes = generator(prompts, seed) - known.first_code
+        self.lost = generator.lost
         return codes.reshape(len(encoded), samples, height, width)
 
     def captions(
@@ -106,10 +109,14 @@ class BothWays:
         prompts = list(known.pictures(codes))
         most = len(prompts[0])
         new = self.model.length - most if tokens is None else tokens
+        # Chunks that come out even: so no step is made behind the last token, which memories have no room for.
+        chunk = next(size for size in range(CHUNK, 0, -1) if new < 1 or new % size == 0)
         generator = self._generator(
-            prompt=most, new=new, sampling=sampling, end=known.end, chunk=CHUNK, pictures=False
+            prompt=most, new=new, sampling=sampling, end=known.end, chunk=chunk, pictures=False
         )
-        return [known.decode(ids[ids != known.end]) for ids in generator(prompts, seed)]
+        found = generator(prompts, seed)
+        self.lost = generator.lost
+        return [known.decode(ids[ids != known.end]) for ids in found]
 
     def _generator(self, *, pictures: bool, **settings: Any) -> Generator:
         """The generator with these settings, made when it is first asked for."""

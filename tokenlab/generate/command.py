@@ -14,7 +14,7 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.data.image_text import ImageTextVocabulary
 from tokenlab.data.text.tokenizer import Decoder
 from tokenlab.evaluate.trained import Trained, load
-from tokenlab.generate.generator import Generator, check_seed
+from tokenlab.generate.generator import Generator, check_seed, found_no_room
 from tokenlab.generate.grammar import Grammar
 from tokenlab.models.decoder_lm import DecoderLM
 from tokenlab.ops.sample import Sampling
@@ -100,11 +100,7 @@ def run(
     seconds = time.perf_counter() - begun
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
     if generator.lost:
-        print(
-            f"{generator.lost} tokens wanted into a layer and found no room in it, so the text is not what the whole "
-            "sequence would give: raise room=, or give keep= as a fraction, in --config.eval.stack",
-            file=sys.stderr,
-        )
+        print(found_no_room(generator.lost), file=sys.stderr)
     return texts
 
 

@@ -209,6 +209,14 @@ class Generator:
         return steps
 
 
+def found_no_room(lost: int) -> str:
+    """What to tell of `Generator.lost` tokens."""
+    return (
+        f"{lost} tokens wanted into a layer and found no room in it, so this is not what the whole sequence would "
+        "give: raise room=, or give keep= as a fraction, in --config.eval.stack"
+    )
+
+
 def check_seed(seed: int) -> int:
     """The seed. Raises TokenLabError unless it is a whole number in [0, 2^32)."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:

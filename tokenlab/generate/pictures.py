@@ -17,7 +17,7 @@ from tokenlab.data.image_text import ImageTextVocabulary, Pair, Pixels, pairs
 from tokenlab.evaluate.pixels import pixels_for
 from tokenlab.evaluate.trained import Trained, load
 from tokenlab.generate.both_ways import BothWays, read_image
-from tokenlab.generate.generator import check_seed
+from tokenlab.generate.generator import check_seed, found_no_room
 from tokenlab.models.decoder_lm import DecoderLM
 from tokenlab.ops.sample import Sampling
 from tokenlab.train import compilation
@@ -67,8 +67,7 @@ def draw(
     both, pixels = _both_ways(trained)
     check_seed(seed)
     codes = both.pictures(captions, samples, sampling=sampling, seed=seed)
-    for note in trained.notes:
-        print(note, file=sys.stderr)
+    _tell(trained, both)
     shown = [
         panels.Panel((caption,), pixels.decode(each)) for caption, each in zip(captions, codes, strict=True)
     ]
@@ -119,8 +118,7 @@ def describe(
     pair = None if example is None else _example(trained, split, example)
     codes = read_image(image, pixels) if pair is None else pair.codes
     (said,) = both.captions(codes[None], tokens, sampling=sampling, seed=seed)
-    for note in trained.notes:
-        print(note, file=sys.stderr)
+    _tell(trained, both)
     print(said, file=file or sys.stdout)
     if pair is not None:
         print(f"its caption in the data: {pair.caption}", file=sys.stderr)
@@ -203,6 +201,11 @@ def sheet(
             panels.Section(f"{title}: pictures, each with its caption and one sampled of it", to_captions),
         ],
     )
+
+
+def _tell(trained: Trained, both: BothWays) -> None:
+    for note in (*trained.notes, *((found_no_room(both.lost),) if both.lost else ())):
+        print(note, file=sys.stderr)
 
 
 def _of_pictures(trained: Trained) -> bool:

@@ -38,5 +38,5 @@ def pairs(source: Source, split: str) -> Iterator[Pair]:
     for number in range(len(records)):
         for document in documents(records[number], source.tokenizer):
             *_, picture, caption = (None, None, *document.parts)
-            if document.ends and isinstance(picture, np.ndarray) and isinstance(caption, str):
+            if isinstance(picture, np.ndarray) and isinstance(caption, str):
                 yield Pair(caption, picture)
