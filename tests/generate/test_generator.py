@@ -155,6 +155,14 @@ def test_tokens_that_found_no_room_are_counted():
         assert (each.lost > 0) == some
 
 
+def test_what_a_chunk_computes_beyond_the_last_token_is_not_counted():
+    """A prompt that fills its room, and chunks that do not divide what may follow."""
+    dense = decoders.build("block*2", P + NEW)
+    each = Generator(dense, decoders.weights(dense), prompt=P, new=NEW, chunk=NEW - 1)
+    assert each([decoders.ids(1, P)[0]]).shape == (1, NEW)
+    assert each.lost == 0
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

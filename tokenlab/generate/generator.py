@@ -121,10 +121,10 @@ class Generator:
         going = self._start(self.weights, ids, length, self._states(prompts), key)
         left = self.functions.new
         while left > 0:
-            tokens, going = self._more(self.weights, going, key)
+            tokens, lost, going = self._more(self.weights, going, key)
             tokens = np.asarray(tokens).T[:, :left]
             left -= tokens.shape[1]
-            self.lost = int(going.memory.lost.max())
+            self.lost = int(lost[tokens.shape[1] - 1])  # a chunk goes on where `new` tokens are there
             yield tokens
             if self.end is not None and bool((tokens[:, -1] == self.end).all()):
                 return
@@ -190,10 +190,10 @@ class Generator:
     @cached_property
     def _more(self) -> Any:
         @partial(jax.jit, donate_argnums=1)
-        def steps(weights: Any, going: Going, key: Array) -> tuple[Array, Going]:
+        def steps(weights: Any, going: Going, key: Array) -> tuple[Array, Array, Going]:
             self.traces["steps"] += 1
 
-            def one(going: Going, _: None) -> tuple[Going, Array]:
+            def one(going: Going, _: None) -> tuple[Going, tuple[Array, Array]]:
                 token = going.token if self.end is None else jnp.where(going.ended, self.end, going.token)
                 ended = going.ended if self.end is None else token == self.end
                 modality = self._modality(token)
@@ -201,10 +201,10 @@ class Generator:
                 left = None if self.grammar is None else self.grammar.advance(going.left, token)
                 drawn = going.drawn + 1
                 after = self._draw(logits, left, jax.random.fold_in(key, drawn))
-                return Going(after, ended, drawn, memory, left), token
+                return Going(after, ended, drawn, memory, left), (token, memory.lost.max())
 
-            going, tokens = lax.scan(one, going, length=self.chunk)
-            return tokens, going
+            going, (tokens, lost) = lax.scan(one, going, length=self.chunk)
+            return tokens, lost, going
 
         return steps
 
