@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import decoders
 from tokenlab.core.errors import ShapeError, StackError, TokenLabError
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.by_modality import NormByModality
 from tokenlab.layers.norm import NORMS
+from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.rules import DEFAULT_RULES, shardings
 
 B, N, D = 2, 8, 16
 X = jax.random.normal(jax.random.key(0), (B, N, D))
@@ -72,6 +75,52 @@ def test_every_token_meets_the_weights_of_its_modality():
         np.einsum("bnhe,bnhed->bnd", mixed, kernel["out"]),
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str)
+def test_on_a_mesh_it_is_as_on_one_device(sizes):
+    """Queries, keys and values of different widths, each with its own kernel; weights can be made there, too."""
+    module = Attention(num_heads=4, num_kv_heads=2, modalities=2, use_bias=False, causal=True)
+    x = jax.random.normal(jax.random.key(3), (8, N, D))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, N)), jnp.int32)
+    place = jnp.broadcast_to(jnp.arange(N), (8, N))
+    params = jax.tree.map(lambda leaf: 0.2 * leaf, drawn(module, x, position=place))
+
+    def total(params, x):
+        y = module.apply({"params": params}, x, modality=ids, position=place)
+        return jnp.sum(y**2), y
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, alone), grads = run(params, x)
+    mesh = make_mesh(sizes)
+    places = shardings(params, module.axes(), mesh)
+    rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+    with jax.set_mesh(mesh):
+        (_, found), other = jax.jit(jax.value_and_grad(total, has_aux=True))(
+            jax.device_put(params, places), jax.device_put(x, rows)
+        )
+        made = jax.jit(lambda: module.init(jax.random.key(0), x[:1], position=place[:1])["params"])()
+    close(found, alone)
+    jax.tree.map(partial(close, rtol=1e-4, atol=1e-4), other, grads)
+    expected = module.init(jax.random.key(0), x[:1], position=place[:1])["params"]
+    jax.tree.map(partial(close, atol=1e-6), made, expected)
+
+
+def test_ids_that_are_no_modality_reach_no_other_token():
+    """Where they cannot be seen; in padding they may be anything, seen or not."""
+    module = Attention(num_heads=4, use_bias=False, modalities=2, causal=True)
+    place = jnp.broadcast_to(jnp.arange(N), (B, N))
+    params = drawn(module, X, position=place)
+    run = lambda ids, valid=None: module.apply(  # noqa: E731
+        {"params": params}, X, modality=ids, position=place, valid=valid
+    )
+    plain = run(IDS)
+    for wrong in (-1, 2, 9):
+        found = jax.jit(run)(IDS.at[1, 5].set(wrong))
+        close(found[0], plain[0])
+        close(found[1, :5], plain[1, :5])
+    valid = jnp.ones((B, N), bool).at[1, 5:].set(False)
+    close(run(IDS.at[1, 5:].set(-1), valid)[1, :5], plain[1, :5])
 
 
 def test_text_alone_gives_weights_for_images_no_gradient():

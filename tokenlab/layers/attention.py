@@ -163,7 +163,7 @@ class Attention(nn.Module):
         with jax.named_scope("projections"):
             if self.modalities:
                 shapes = {name: (count, size_of_head) for name, count in counts.items()}
-                made = by_modality.project(self, x, modality, shapes, self.modalities, **how)
+                made = by_modality.project(self, x, modality, shapes, self.modalities, valid=valid, **how)
             else:
                 made = {name: project(name, count) for name, count in counts.items()}
         query, key, value = made.values()
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         with jax.named_scope("projections"):
             if self.modalities:
                 out = by_modality.project(
-                    self, mixed, modality, {"out": (width,)}, self.modalities, inputs=2, **how
+                    self, mixed, modality, {"out": (width,)}, self.modalities, inputs=2, valid=valid, **how
                 )["out"]
             else:
                 init = nn.initializers.xavier_uniform()

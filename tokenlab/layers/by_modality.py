@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import get_abstract_mesh
 
 from tokenlab.core.errors import ShapeError
 from tokenlab.layers.norm import NORMS, NormName
@@ -48,7 +49,7 @@ class NormByModality(nn.Module):
 
         Raises: ShapeError without modalities [B, N].
         """
-        modality = needed(modality, x, self.modalities, making=self.is_initializing())
+        modality = _needed(modality, x, making=self.is_initializing())
         plain = NORMS[self.norm](jnp.float32, self.eps)
         width = (x.shape[-1],)
         still = {name: jnp.full(width, float(name == "scale")) for name in plain.AXES}
@@ -70,25 +71,29 @@ def project(
     *,
     inputs: int = 1,
     use_bias: bool = False,
+    valid: Array | None = None,
     dtype: Any = jnp.float32,
 ) -> dict[str, Array]:
-    """Linear layers without a plain one's masks: rows are sorted by modality and meet one matrix each.
+    """Linear layers with a matrix for each modality: rows are sorted by it and meet one matrix each.
 
     Call it inside `nn.compact`. Parameters are `name/kernel` [M, *inputs, *outputs] and `name/bias` [M, *outputs].
 
     Args:
       owner: the module that holds the weights.
       x: [B, N, *inputs].
-      modality: [B, N], a whole number in 0..M - 1.
+      modality: [B, N], a whole number in 0..M - 1. Tokens of any other, which only padding may have where it can be
+        seen, get zeros.
       outputs: name -> trailing shape of what it gives.
       modalities: M.
       inputs: how many trailing axes of x are summed over.
       use_bias: add one.
+      valid: [B, N] bool, False for padding, of which the modality does not matter.
       dtype: of computation and result.
 
     Returns: name -> [B, N, *outputs].
     """
-    modality = needed(modality, x, modalities, making=owner.is_initializing())
+    modality = _needed(modality, x, making=owner.is_initializing())
+    check_modality(modality, x.shape[:2], modalities, valid)
     taken = x.shape[-inputs:]
     kernels, biases = {}, {}
     for name, shape in outputs.items():
@@ -98,13 +103,18 @@ def project(
             biases[name] = held["bias"].reshape(modalities, -1)
 
     def groups(params: Mapping[str, Array], rows: Array, sizes: Array) -> Array:
-        return jnp.concatenate([grouped_matmul(rows, kernel, sizes) for kernel in params.values()], axis=-1)
+        # By name: what passes a `jax.shard_map` comes back in the order of the alphabet.
+        return jnp.concatenate([grouped_matmul(rows, params[name], sizes) for name in outputs], axis=-1)
 
-    plan = Sorted(
-        modality[..., None].astype(jnp.int32), jnp.ones((*modality.shape, 1)), modalities, everywhere=True
-    )
+    known = (modality >= 0) & (modality < modalities)
+    own = jnp.where(known, modality, modalities)[..., None].astype(jnp.int32)
+    plan = Sorted(own, jnp.ones(own.shape), modalities, everywhere=True)
     rows = x.reshape(*x.shape[:2], -1).astype(dtype)
-    y = plan.run(Bank(kernels, groups, groups), rows)
+    if owner.is_initializing() and not get_abstract_mesh().empty:
+        # The one example that parameters are made with cannot be split over a mesh.
+        y = jnp.zeros((*x.shape[:2], sum(math.prod(shape) for shape in outputs.values())), dtype)
+    else:
+        y = plan.run(Bank(kernels, groups, groups), rows)
     found, start = {}, 0
     for name, shape in outputs.items():
         part = y[..., start : start + math.prod(shape)]
@@ -115,7 +125,7 @@ def project(
     return found
 
 
-def needed(modality: Array | None, x: Array, modalities: int, *, making: bool = False) -> Array:
+def _needed(modality: Array | None, x: Array, *, making: bool = False) -> Array:
     """The modality [B, N] of tokens x [B, N, ...]; zeros while parameters are made. Raises ShapeError without it."""
     if modality is None and making:
         return jnp.zeros(x.shape[:2], jnp.int32)
@@ -124,7 +134,10 @@ def needed(modality: Array | None, x: Array, modalities: int, *, making: bool = 
             "a layer with weights for each modality got none; expected [B, N], 0 for text and 1 for images (a batch's "
             "'modality')."
         )
-    check_modality(modality, x.shape[:2], modalities)
+    if modality.shape != x.shape[:2]:
+        raise ShapeError(
+            f"modality is {modality.dtype}{list(modality.shape)}; expected [B, N] = {list(x.shape[:2])}."
+        )
     return modality
 
 

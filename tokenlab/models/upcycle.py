@@ -99,12 +99,11 @@ def upcycle(
 
 
 def _single(layer: str, want: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
-    """Whether the same layer is there with banks of one expert (or as many as are wanted), in as many blocks."""
+    """Whether the same layer is there with one expert in each of its banks, in as many blocks."""
     start = f"blocks/{layer}/{BANK}"
     banks = {path: tuple(leaf.shape) for path, leaf in want.items() if path.startswith(start)}
     return all(
-        path in have and tuple(have[path].shape) in (shape, (shape[0], 1, *shape[2:]))
-        for path, shape in banks.items()
+        path in have and tuple(have[path].shape) == (shape[0], 1, *shape[2:]) for path, shape in banks.items()
     )
 
 

@@ -94,6 +94,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _number("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
         _number("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        _require(
+            not isinstance(self.only, str),
+            "optimizer.only",
+            self.only,
+            "several patterns, such as ('head/*',)",
+        )
         for path, decay in self.decays.items():
             _number(f"optimizer.decays[{path!r}]", decay, decay >= 0, "a number >= 0")
         if self.clip is not None:

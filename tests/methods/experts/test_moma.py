@@ -355,6 +355,21 @@ def test_the_last_of_too_many_choices_are_left_out_and_counted():
     close(np.asarray(y)[~late], np.asarray(whole)[~late])
 
 
+def test_outside_training_routed_experts_leave_out_what_finds_no_room_and_nothing_else():
+    """Text alone: there is no share to keep where each token decides, but one expert of a modality has a bound."""
+    text = jnp.zeros((B, N), jnp.int32)
+    params = dict(drawn(BOTH))
+    params["auxiliary_text_in"] = jnp.abs(params["auxiliary_text_in"])
+    params["auxiliary_text_out"] = jnp.abs(params["auxiliary_text_out"])
+    for room, wanted in ((4.0, 0.0), (1.0, 0.75)):  # 2 x 3 places for 2 choices of each of 12 tokens
+        _, aux = evaluate(BOTH.clone(room=room), jnp.abs(X), text, params=params)
+        assert values(aux)["left_out"] == wanted
+    _, aux = evaluate(MoMa(text=1, image=1, expert=EXPERT), ids=text)
+    assert values(aux)["left_out"] == 0.5
+    _, aux = evaluate(BOTH.clone(room=4.0), ids=IDS.at[0, 0].set(7).at[1, 1].set(-1))
+    assert values(aux)["left_out"] == pytest.approx(2 / (B * N))
+
+
 def test_a_model_that_must_know_says_what_is_missing():
     with pytest.raises(StackError, match="the data does not say which token is which"):
         decoders.build("block(ffn=moma(text=2, image=2))*2", N)

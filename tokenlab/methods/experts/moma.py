@@ -23,7 +23,8 @@ who is taken (section 4.6):
 
 and outside training token n goes to expert e when a[n, e] > 1/2, weighted by s[n, e] as before; in whole sequences
 while there is room for `room` times as many choices as in training, in generation always. Auxiliary routers may be
-trained beside the model, which they do not touch, or after it (`decide=topk` first).
+trained beside the model, to which they give no gradient (a norm that clips counts theirs), or after it (`decide=topk`
+first); with `noise` better after it and without, or what they learn is who was taken by chance.
 
 The paper ranks the tokens of a whole batch together; here it is those of `sequences` examples, one by default, so that
 no result depends on what else is computed.
@@ -160,7 +161,7 @@ class MoMa(nn.Module):
         return min(tokens, max(1, wanted))
 
     def in_generation(self) -> MoMa:
-        """The same layer with room for all: a prompt gives what its tokens give one by one, whatever they are."""
+        """The same with room for all: auxiliary routers then give a prompt what they give its tokens one by one."""
         return self.clone(room=math.inf, slack=1.0 if self.mixed else math.inf)
 
     def axes(self) -> banks.Axes:
@@ -317,22 +318,24 @@ class MoMa(nn.Module):
         batch, tokens, _ = x.shape
         there = jnp.ones((batch, tokens), bool) if valid is None else valid
         found = lanes(modality, [self.bound(group, tokens) for group in self.groups], valid)
-        y, load, late = jnp.zeros_like(x), [], jnp.zeros(there.shape, bool)
+        y, load, late = jnp.zeros_like(x), [], there  # late: in no group, or beyond its room
         times = jnp.zeros(there.shape)  # experts that computed each token
         for group, lane in zip(self.groups, found, strict=True):
             own = self._weights(group, x, train=False)
             if own.router is None:
                 member, plan = _inside(lane)[..., None], Alone(lane)
+                late &= ~member[..., 0]
             else:
                 named = own.foreseen(x) > 0
                 if group.number is not None:
                     named &= own_tokens(modality, group.number, None)[..., None]
+                mine = own_tokens(modality, group.number, None) if group.number is not None else there
                 named &= there[..., None]
                 most = group.experts * tokens
                 room = min(most, math.ceil(min(self.room * group.experts * self.places(group, tokens), most)))
                 before = jnp.cumsum(named.reshape(batch, -1), axis=1).reshape(named.shape)  # itself included
                 member = named & (before <= room)
-                late |= jnp.any(named & ~member, axis=-1)
+                late = jnp.where(mine, jnp.any(named & ~member, axis=-1), late)
                 expert = jnp.where(member, jnp.arange(group.experts), group.experts)
                 weight = jnp.where(member, jax.nn.sigmoid(own.logits(x)), 0.0)
                 plan = Sorted(expert, weight, group.experts, self.transport, room=room)
@@ -342,7 +345,7 @@ class MoMa(nn.Module):
         total = jnp.maximum(there.sum(), 1)
         share = jnp.concatenate(load)
         metrics = {
-            "left_out": (left_out(found, valid).sum() + late.sum()) / total,
+            "left_out": late.sum() / total,
             "dropped": ((times == 0) & there).sum() / total,
             "experts_per_token": times.sum() / total,
         }
