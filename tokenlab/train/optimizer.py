@@ -90,7 +90,7 @@ def decays(params: Any, decay: float, others: Mapping[str, float]) -> Any:
         if not any(_under(path, given) for path in paths):
             tops = {"/".join(path.split("/")[:depth]) for path in paths for depth in (1, 2, 3, 4)}
             raise ConfigError(
-                f"config.optimizer.decays has {given!r}, which is no parameter that is trained.{suggest(given, tops)}"
+                f"config.optimizer.decays has {given!r}, which is no parameter.{suggest(given, tops)}"
             )
 
     def of(path: Any, leaf: Any) -> float:
