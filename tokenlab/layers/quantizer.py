@@ -61,12 +61,12 @@ class _Quantizer(nn.Module):
     @property
     def codes_count(self) -> int:
         """How many codes there are."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define codes_count.")
 
     @property
     def code_width(self) -> int:
         """Dimensions of a code."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define code_width.")
 
     def axes(self) -> Axes:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""

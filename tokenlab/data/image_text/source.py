@@ -16,7 +16,7 @@ from tokenlab.data.image_text.vocabulary import ImageTextVocabulary, saved
 from tokenlab.data.source import Batch, DataConfig, Spec, check_split
 from tokenlab.data.text import tokenizer
 from tokenlab.data.text.packing import Packed
-from tokenlab.data.text.source import TRAIN, check_unchanged, joined
+from tokenlab.data.text.source import TRAIN, check_unchanged, joined, spec_of
 
 DELIMITERS = 2
 """Tokens of a document with a picture beside its caption and the codes: BEGIN and END."""
@@ -262,8 +262,7 @@ class ImageTextSource:
 
 
 def _spec(length: int) -> Spec:
-    keys = ("ids", "target", "weight", "bytes", "segment", "position", "modality", "target_modality")
-    return {key: ((length,), "float32" if key in ("weight", "bytes") else "int32") for key in keys}
+    return {**spec_of(length), **dict.fromkeys(("modality", "target_modality"), ((length,), "int32"))}
 
 
 class ImageTextRecords:

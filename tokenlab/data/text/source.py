@@ -71,7 +71,7 @@ class Vocabulary:
         self.name = config.name
         self.tokenizer: Tokenizer = tokenizer.build(config.tokenizer, ())
         self.vocab_size = self.tokenizer.vocab_size
-        self.spec = _spec(config.length)
+        self.spec = spec_of(config.length)
 
 
 class TextSource:
@@ -128,7 +128,7 @@ class TextSource:
         self.vocab_size = self.tokenizer.vocab_size
         self._records = {split: self._read(split, texts, config) for split, texts in kept.items()}
         self.splits = {split: len(records) for split, records in self._records.items()}
-        self.spec = _spec(config.length)
+        self.spec = spec_of(config.length)
         says = (
             f"{self.tokenizer.fingerprint};{config.packing};{config.length};{config.isolate};{_digest(kept)}"
         )
@@ -152,7 +152,8 @@ class TextSource:
         return self.split(split).text()
 
 
-def _spec(length: int) -> Spec:
+def spec_of(length: int) -> Spec:
+    """What an example of N tokens holds, see `TextSource`."""
     return {
         key: ((length,), "float32" if key in ("weight", "bytes") else "int32")
         for key in ("ids", "target", "weight", "bytes", "segment", "position")
