@@ -38,4 +38,5 @@ def get_config(what: str = "1000") -> ConfigDict:
     config.base.data.size = 8
     config.arms = product({"model.stack": STACKS})
     config.budget.kind = "flops"
+    config.also = {"loss_text": "min", "loss_image": "min"}
     return config

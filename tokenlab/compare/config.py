@@ -53,6 +53,7 @@ class CompareConfig:
       seeds: each arm is trained from each; arms share them, so that data come in the same order.
       budget: of each run.
       pictures: images for which the report shows where each arm's tokens went; 0 for none.
+      also: further metrics that the report has a table of, and which way is better: {"loss_text": "min"}.
     """
 
     title: str = ""
@@ -62,6 +63,7 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = field(default_factory=Budget)
     pictures: int = 4
+    also: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -92,6 +94,11 @@ class CompareConfig:
                 raise ConfigError(f"config.seeds has {seed} twice: its two runs would be the same.")
         if self.pictures < 0:
             raise ConfigError(f"config.pictures is {self.pictures}: expected a number of images >= 0.")
+        for metric, way in self.also.items():
+            if way not in ("min", "max"):
+                raise ConfigError(
+                    f"config.also.{metric} is {way!r}: expected 'min' or 'max', which is better."
+                )
 
 
 def _check_name(arm: Any, path: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from scipy import stats
 
-from tokenlab.compare import budget
+from tokenlab.compare import budget, reach
 from tokenlab.compare.arms import Arm
 from tokenlab.compare.config import CompareConfig
-from tokenlab.core.errors import DataError
+from tokenlab.core.errors import ConfigError, DataError, suggest
 from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.train import costs, manifest
 from tokenlab.train.records import environment, read_metrics, read_run
@@ -50,10 +50,15 @@ def collect(
     entries = [_arm(config, arm, folder, split, command) for arm in arms]
     metric = {"name": task.primary, "split": split, "higher_is_better": task.better == "max"}
     baseline = next(entry for entry in entries if entry["name"] == config.baseline)
+    ways = {task.primary: task.better, **config.also}
     environments = [run["environment"] for entry in entries for run in entry["runs"]] or [environment()]
     for entry in entries:
         entry["quality"] = interval(_values(entry, task.primary))
         entry["versus_baseline"] = None if entry is baseline else _versus(entry, baseline, task.primary)
+        entry["by_metric"] = {
+            name: _by_metric(entry, baseline, arms[0].experiment.config.eval.split, name, higher=way == "max")
+            for name, way in ways.items()
+        }
     return {
         "format": FORMAT,
         "title": config.title or "A comparison",
@@ -174,6 +179,29 @@ def _step_seconds(records: Sequence[Mapping[str, Any]], last: Mapping[str, Any])
         for earlier, later in zip(train, train[1:], strict=False)
     ]
     return statistics.median(found) if len(found) > 1 else last["seconds"] / last["step"]
+
+
+def _by_metric(
+    entry: Mapping[str, Any], baseline: Mapping[str, Any], split: str, metric: str, *, higher: bool
+) -> dict[str, Any]:
+    """What the report's table of a metric holds: its mean at the end, the difference, and eta, see `reach`."""
+    for run in entry["runs"]:
+        if metric not in run["metrics"]:
+            raise ConfigError(
+                f"config.also has the metric {metric!r}, which a run of {entry['name']!r} does not have."
+                f"{suggest(metric, run['metrics'])}"
+            )
+    etas = reach.factors(entry["runs"], baseline["runs"], split, metric, higher=higher)
+    got = [eta for eta in etas if eta is not None]
+    return {
+        "split": split,
+        "higher_is_better": higher,
+        "quality": interval(_values(entry, metric)),
+        "versus_baseline": None if entry is baseline else _versus(entry, baseline, metric),
+        "eta": None if entry is baseline or len(got) < len(etas) else interval(got),
+        "reached": len(got),
+        "pairs": len(etas),
+    }
 
 
 def _values(entry: Mapping[str, Any], metric: str) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenlab.compare.report import numbers, reading
+from tokenlab.compare.report import metrics, numbers, reading
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -36,6 +36,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{_text(reading.compared(results))} {_text(reading.finding(results))}",
         "\n".join(f"| {line} |" for line in table),
         "Intervals: 95 %, Student's t over seeds; differences are paired by seed.",
+        *_by_metric(results),
     ]
     said = [*reading.missing(results), *results["notes"]]
     if said:
@@ -55,6 +56,24 @@ def _row(results: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
         f"{arm['steps']:,}" if arm["steps"] is not None else numbers.NONE,
         arm["status"],
     ]
+
+
+def _by_metric(results: Mapping[str, Any]) -> list[str]:
+    """A table a metric, of all arms; none where results hold nothing of it."""
+    found = []
+    for name in metrics.names(results):
+        lines = [
+            f"arm | {name} | difference to {_cell(results['baseline'])} | {metrics.ETA}",
+            "--- | ---: | ---: | ---:",
+        ]
+        for arm in results["arms"]:
+            each = arm["by_metric"][name]
+            base = arm["name"] == results["baseline"]
+            difference = "baseline" if base else _with_interval(each["versus_baseline"], "difference")
+            quality = _with_interval(each["quality"], "mean")
+            lines.append(" | ".join((_cell(arm["name"]), quality, difference, metrics.eta(each, base))))
+        found.append("\n".join(f"| {line} |" for line in lines))
+    return [metrics.EXPLAINED, *found] if found else []
 
 
 def _with_interval(found: Mapping[str, Any] | None, key: str) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tokenlab.compare.report import arms, numbers, reading, table
+from tokenlab.compare.report import arms, metrics, numbers, reading, table
 from tokenlab.core.errors import DataError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,6 +43,7 @@ def html(results: Mapping[str, Any], folder: Path | None = None) -> str:
         _summary(results),
         _missing(results),
         table.section(results),
+        metrics.section(results),
         _charts(results),
         _experts(results),
         arms.pictures(results, folder),
