@@ -287,7 +287,8 @@ def list_(arguments: Arguments) -> None:
 # Stack items, scores and feed-forward layers stand in two places, as `tokenlab.models.PLACES` says; that package is
 # not imported here, so that listing does not wait for JAX.
 _BLOCK = (
-    "attention and feed-forward; block(ffn=NAME) replaces the latter, block(between=ITEM) stands between."
+    "attention and feed-forward; block(ffn=NAME) replaces the latter, block(between=ITEM) stands between, "
+    "block(special=NAME) feeds CLS and registers."
 )
 
 Rows = list[tuple[str, str]]
@@ -329,6 +330,10 @@ SECTIONS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "ffn": (
         "feed-forward layers: block(ffn=NAME)",
         _modules("tokenlab.layers.ffn", "tokenlab.methods", defines="ffn"),
+    ),
+    "special": (
+        "for CLS and registers: block(special=NAME)",
+        _modules("tokenlab.methods", defines="special"),
     ),
     "methods": ("methods", _modules("tokenlab.methods")),
     "models": ("models: config.model.name", _modules("tokenlab.models", defines="build")),

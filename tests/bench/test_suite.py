@@ -34,7 +34,8 @@ def test_the_stacks_fit_both_sizes_and_use_what_they_are_named_for() -> None:
             assert model.program.depth == 12 and model.tokens_per_example == 197
             steps = model.program.flat()
             used = {step.kind[1] for step in steps if hasattr(step, "kind")}
-            used |= {step.block.ffn_name for step in steps if hasattr(step, "block")}
+            blocks = [step.block for step in steps if hasattr(step, "block")]
+            used |= {name for block in blocks for name in (block.ffn_name, block.special_name)}
             assert case.name.partition(" ")[0] in used, case
 
 

@@ -1,4 +1,7 @@
-"""Finds every stack item, score and feed-forward layer, with stacks to try them in. No list is kept by hand."""
+"""Finds every stack item, score, feed-forward layer and feeder of special tokens, with stacks to try them in.
+
+No list is kept by hand.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ def find() -> list[Part]:
         ("item", None),
         ("score", "block + keep(0.5, by={name}) + block"),
         ("ffn", "block + block(ffn={name})"),
+        ("special", "block(special={name})*2 + block"),
     ):
         for name in models.names_of(role):
             if name == "block":

@@ -1,4 +1,4 @@
-"""The contract: what every stack item, score and feed-forward layer must do, found and run without being told.
+"""The contract: what every item, score, feed-forward layer and feeder of special tokens must do, found by themselves.
 
 A part is tried in the stacks it gives as examples (`Item.examples`). Sharded checks of the same parts are in
 `test_sharded.py`.
@@ -28,7 +28,9 @@ NAMES = [(part.role, part.name) for part in FOUND]
 each_part = pytest.mark.parametrize(
     "part",
     [
-        pytest.param(part, marks=pytest.mark.slow if part.role == "ffn" and key in NAMES[:at] else ())
+        pytest.param(
+            part, marks=pytest.mark.slow if part.role in ("ffn", "special") and key in NAMES[:at] else ()
+        )
         for at, (part, key) in enumerate(zip(FOUND, NAMES, strict=True))
     ],
     ids=str,

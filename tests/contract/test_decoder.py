@@ -24,7 +24,9 @@ NAMES = [(part.role, part.name) for part in FOUND]
 each_part = pytest.mark.parametrize(
     "part",
     [
-        pytest.param(part, marks=pytest.mark.slow if part.role == "ffn" and key in NAMES[:at] else ())
+        pytest.param(
+            part, marks=pytest.mark.slow if part.role in ("ffn", "special") and key in NAMES[:at] else ()
+        )
         for at, (part, key) in enumerate(zip(FOUND, NAMES, strict=True))
     ],
     ids=str,
@@ -55,6 +57,7 @@ def declared(stack):
     items = [step.item for step in steps if hasattr(step, "item")]
     layers = [step.block.ffn for step in steps if hasattr(step, "block")]
     causal = all(each.causal for each in items) and all(getattr(each, "causal", True) for each in layers)
+    causal &= not any(step.apart for step in steps if hasattr(step, "block"))
     fit = not any(part.needs_cls for item in items for part in (item, *item.scores()))
     return causal, fit, all(item.generates for item in items)
 

@@ -223,7 +223,7 @@ class TestList:
 
     def test_it_lists_what_models_and_optimizers_know(self):
         rows = {name: rows() for name, (_, rows) in cli.SECTIONS.items()}
-        for section, role in (("items", "item"), ("scores", "score"), ("ffn", "ffn")):
+        for section, role in (("items", "item"), ("scores", "score"), ("ffn", "ffn"), ("special", "special")):
             assert dict(rows[section]) == models.names_of(role) | (
                 {"block": cli._BLOCK} if section == "items" else {}
             )

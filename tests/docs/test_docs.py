@@ -235,7 +235,7 @@ def test_commands_parse(page, added):
 # ---------------------------------------------------------------------------------------------------- the gallery
 
 
-SECTIONS = {"Items": "item", "Scores": "score", "Feed-forward layers": "ffn"}
+SECTIONS = {"Items": "item", "Scores": "score", "Feed-forward layers": "ffn", "Special tokens": "special"}
 
 
 @pytest.fixture(autouse=True)

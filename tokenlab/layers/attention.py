@@ -41,6 +41,23 @@ def cls_attention(projections: Projections, tokens: Tokens) -> Array:
     return rows[:, :, 0].mean(axis=1)
 
 
+def special_attention(projections: Projections, tokens: Tokens) -> Array:
+    """Attention of the special tokens in front to every token, averaged over heads and over them: [B, N], float32.
+
+    Only their J rows are computed. Source: the maps that Jumbo (arXiv 2502.15021) is shown with, of its pieces.
+
+    Raises:
+      ShapeError: there is no special token.
+    """
+    if tokens.protected < 1:
+        raise ShapeError(
+            "special_attention: these tokens have no special one in front; give the model registers."
+        )
+    query = projections.query[:, : tokens.protected]
+    rows = ops.attention_rows(query, projections.key, size=tokens.size, valid=tokens.valid)
+    return rows.mean(axis=(1, 2))
+
+
 def mean_key(projections: Projections, tokens: Tokens) -> Array:
     """Keys averaged over heads, [B, N, Dh], float32: the similarity metric of ToMe (arXiv 2210.09461, 3.2)."""
     del tokens

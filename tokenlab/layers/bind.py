@@ -17,6 +17,7 @@ import flax.linen as nn
 from tokenlab.core.errors import TokenLabError, suggest
 from tokenlab.core.stack import Call, Stack, Value
 from tokenlab.layers.item import Item, Score
+from tokenlab.layers.special import Special
 
 
 class Resolver(Protocol):
@@ -33,6 +34,9 @@ class Resolver(Protocol):
 
     def ffn(self, name: str) -> Callable[..., Any]:
         """The factory `ffn(defaults, **arguments)` of feed-forward layer `name`."""
+
+    def special(self, name: str) -> Callable[..., Special]:
+        """The factory `special(defaults, **arguments)` of what feeds special tokens, by `name`."""
 
 
 def bind(stack: Stack, call: Call, target: Callable[..., Any], resolver: Resolver, *given: Any) -> Any:
@@ -124,6 +128,15 @@ def build_ffn(stack: Stack, call: Call, resolver: Resolver, *given: Any) -> nn.M
     """The feed-forward layer a name such as `mlp` or `soft_moe(experts=8)` stands for."""
     try:
         factory = resolver.ffn(call.name)
+    except TokenLabError as error:
+        stack.fail(call.span, str(error))
+    return bind(stack, call, factory, resolver, *given)
+
+
+def build_special(stack: Stack, call: Call, resolver: Resolver, *given: Any) -> Special:
+    """What a name such as `jumbo` or `jumbo(mult=2)` feeds special tokens with."""
+    try:
+        factory = resolver.special(call.name)
     except TokenLabError as error:
         stack.fail(call.span, str(error))
     return bind(stack, call, factory, resolver, *given)

@@ -3,8 +3,11 @@
     x = x + scale_a * Attention(Norm(x))        pre-norm        x = x + scale_a * Norm(Attention(x))   post-norm
     x = x + scale_f * FFN(Norm(x))                              x = x + scale_f * Norm(FFN(x))
 
+With `special` the special tokens in front go another way than the FFN, see `tokenlab.layers.special`.
+
 A block is not one Linen module but a bundle of them, since its weights live stacked by kind over the whole stack:
 `blocks/attention_norm [L, ...]`, `blocks/attention [L, ...]`, `blocks/ffn_norm [L, ...]`, `blocks/mlp [L_mlp, ...]`.
+What several blocks share stands in `shared/`, one copy of it.
 """
 
 from __future__ import annotations
@@ -18,13 +21,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tokenlab.core.errors import ShapeError
 from tokenlab.core.modality import MODALITIES
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Attention, Projections, Reading
 from tokenlab.layers.by_modality import NormByModality
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.norm import NORMS, NormName
+from tokenlab.layers.special import Special
+from tokenlab.ops import carry
 from tokenlab.ops.cache import KVCache, Stacked
+from tokenlab.ops.pieces import join_pieces, split_pieces
 from tokenlab.sharding.constrain import constrain
 
 
@@ -58,6 +65,8 @@ class Block:
       attention: maps [B, N, D] to [B, N, D]. With weights for each modality, norms have them, too.
       ffn: the same; called with `valid` and `train`.
       ffn_name: the kind under which its weights are stacked, "mlp" or a method's name.
+      special: runs on the special tokens in place of `ffn`; None sends them through it with the others.
+      special_name: its name, the kind under which its weights stand.
       layer_scale: initial value of LayerScale, None for none.
       drop_path: True when residual branches are dropped in training (rates are per block, in `Depth.rate`).
       dtype: compute dtype.
@@ -69,6 +78,8 @@ class Block:
     attention: Attention
     ffn: nn.Module
     ffn_name: str = "mlp"
+    special: Special | None = None
+    special_name: str = ""
     layer_scale: float | None = None
     drop_path: bool = False
     dtype: Any = jnp.float32
@@ -86,7 +97,7 @@ class Block:
         return replace(self, attention=self.attention.clone(modalities=len(MODALITIES)))
 
     def modules(self) -> dict[str, nn.Module]:
-        """Slot -> module, in order of use. Slots are the kinds of `blocks/`, but for "ffn" (see `ffn_name`)."""
+        """Slot -> module, in order of use; `kind_of` says where the weights of a slot are."""
         norm: nn.Module = NORMS[self.norm](self.dtype, self.norm_eps)
         if self.attention.modalities:
             norm = NormByModality(self.attention.modalities, self.norm, self.dtype, self.norm_eps)
@@ -99,7 +110,23 @@ class Block:
         found |= {"ffn_norm": norm, "ffn": self.ffn}
         if self.layer_scale is not None:
             found["ffn_scale"] = LayerScale(self.layer_scale)
+        if self.special is not None:
+            found |= {
+                "special_norm": NORMS[self.norm](self.dtype, self.norm_eps),
+                "special": self.special.module,
+            }
+            if self.layer_scale is not None:
+                found["special_scale"] = LayerScale(self.layer_scale)
         return found
+
+    def kind_of(self, slot: str) -> tuple[str, str]:
+        """The group and the name of a slot's weights: its own in "blocks", but for layers that have names."""
+        if slot == "ffn":
+            return "blocks", self.ffn_name
+        if slot.startswith("special"):
+            shared = slot == "special" and self.special is not None and self.special.shared
+            return "shared" if shared else "blocks", slot.replace("special", self.special_name, 1)
+        return "blocks", slot
 
     def attend(
         self,
@@ -180,13 +207,55 @@ class Block:
         if before is self.post_norm:
             return x
         name = f"{half}_norm"
-        more = (tokens.modality,) if self.attention.modalities else ()
+        more = (tokens.modality,) if self.attention.modalities and half != "special" else ()
         return _apply(modules[name], params[name], x, *more)
 
     def feed(
         self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
     ) -> tuple[Tokens, Aux]:
         """The feed-forward half, with the losses and metrics of its router, if it has one.
+
+        With `special` the tokens part here and meet again behind it; they stay one array between blocks, as all that
+        moves tokens needs them.
+
+        Raises:
+          ShapeError: `special`, and no special token in front.
+        """
+        if self.special is None:
+            return self._feed_tokens(params, tokens, context, depth)
+        count = tokens.protected
+        if count < 1:
+            raise ShapeError(
+                f"block: special={self.special_name} feeds special tokens; these have none in front."
+            )
+        first, rest = carry.part(tokens, 0, count), carry.part(tokens, count, tokens.count)
+        first = self._feed_special(params, first, context, depth)
+        rest, aux = self._feed_tokens(params, rest, context, depth)
+        x = jnp.concatenate([first.x, rest.x], axis=1)
+        return tokens.replace(x=constrain(x, "batch", None, None)), aux
+
+    def _feed_special(
+        self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
+    ) -> Tokens:
+        """The special tokens, joined: z + special(Norm(z))."""
+        modules = self.modules()
+        normed = self._normed(modules, params, "special", join_pieces(tokens.x), tokens, before=True)
+        with jax.named_scope(self.special_name):
+            y = _apply(modules["special"], params["special"], normed)
+        y = self._normed(modules, params, "special", y, tokens, before=False)
+        y = self._weighted(split_pieces(y, tokens.count), tokens)
+        return self._residual(modules, params, "special", tokens, y, context, depth)
+
+    def _weighted(self, y: Array, tokens: Tokens) -> Array:
+        """What is added to each token, times what a wrapper gives it."""
+        if "ffn_weight" not in tokens.extra:
+            return y
+        return (y * tokens.extra["ffn_weight"][..., None]).astype(y.dtype)
+
+    def _feed_tokens(
+        self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
+    ) -> tuple[Tokens, Aux]:
+        """Tokens through the feed-forward layer.
 
         A wrapper may weigh what it adds to each token: `extra["ffn_weight"]` [B, N], float32. A layer whose tokens
         compete for room has another form for generation, where they come one by one: its method `in_generation`. One
@@ -205,8 +274,7 @@ class Block:
             )
         y, aux = out if isinstance(out, tuple) else (out, Aux())
         y = self._normed(modules, params, "ffn", y, tokens, before=False)
-        if "ffn_weight" in tokens.extra:
-            y = (y * tokens.extra["ffn_weight"][..., None]).astype(y.dtype)
+        y = self._weighted(y, tokens)
         return self._residual(modules, params, "ffn", tokens, y, context, depth), aux
 
     def _residual(

@@ -1,13 +1,14 @@
 """Run a program: split the stacked weights, run blocks and items, fold equal ones into `lax.scan`.
 
 Weights arrive stacked by kind, [n, ...]. Each step takes as many entries as it uses, in order; a loop takes them as
-[times, ...] and hands one slice an iteration to its body. So the same state serves every way of running it.
+[times, ...] and hands one slice an iteration to its body. So the same state serves every way of running it. What is
+shared is never cut: every block that uses it reads the one copy, and its gradient is the sum over them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -16,12 +17,14 @@ from jax import Array, lax
 
 from tokenlab.core.errors import ConfigError, ShapeError, TokenLabError, suggest
 from tokenlab.core.tokens import Tokens
+from tokenlab.layers.attention import Reading
 from tokenlab.layers.block import Depth
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.program import DEPTH, BlockStep, ItemStep, Kind, Loop, Program, Step, total_uses
+from tokenlab.layers.program import DEPTH, SHARED, BlockStep, ItemStep, Kind, Loop, Program, Step, total_uses
 from tokenlab.sharding.constrain import constrain
 
 Execution: TypeAlias = Literal["auto", "scan", "unroll"]
+DropPathRates: TypeAlias = Literal["linear", "constant"]
 Stacks: TypeAlias = Mapping[Kind, Any]
 
 REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
@@ -75,6 +78,7 @@ def run(
     context: Context,
     *,
     drop_path: float = 0.0,
+    drop_path_rates: DropPathRates = "linear",
     execution: Execution = "auto",
     remat: str = "none",
     trace: list[TracePoint] | None = None,
@@ -84,10 +88,12 @@ def run(
 
     Args:
       program: from `tokenlab.layers.program.build`.
-      state: {"blocks": {kind: [n, ...]}, "items": {...}}, see `Program.init`.
+      state: {"blocks": {kind: [n, ...]}, "items": {...}, "shared": {...}}, see `Program.init`.
       tokens: B sequences of `program.present` tokens.
       context: of this step.
-      drop_path: rate of the last block; it rises linearly from 0 at the first.
+      drop_path: rate of the last block.
+      drop_path_rates: "linear" rises to it from 0 at the first block (Huang et al. 2016, arXiv 1603.09382, eq. 4),
+        "constant" is the same for all.
       execution: "scan" folds equal steps into loops, "unroll" does not, "auto" see `resolve_execution`.
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
       trace: collects a `TracePoint` at every item; unrolls.
@@ -106,19 +112,45 @@ def run(
         raise ConfigError(f"remat {remat!r} is unknown.{suggest(remat, ['none', *REMAT_POLICIES])}")
     folded = trace is None and resolve_execution(execution, program.depth) == "scan"
     steps = program.folded() if folded else program.steps
-    runner = _Runner(context, remat, trace, loads)
-    tokens, aux, _ = runner.steps(steps, stacks_of(program, state, drop_path), tokens)
+    runner = _Runner(context, remat, trace, loads, state.get(SHARED, {}))
+    tokens, aux, _ = runner.steps(steps, stacks_of(program, state, drop_path, drop_path_rates), tokens)
     return tokens, aux
 
 
+def read_last(
+    program: Program,
+    state: Mapping[str, Mapping[str, Any]],
+    tokens: Tokens,
+    context: Context,
+    readings: Mapping[str, Reading],
+) -> dict[str, Array]:
+    """What the attention of the last block says, by name of the reading; arguments as `run`.
+
+    Raises:
+      ShapeError: the stack does not end with a block.
+    """
+    *before, last = program.steps
+    if not isinstance(last, BlockStep):
+        raise ShapeError(f"stack: ends with {last.name}; only a block at its end can be read.")
+    steps = (*before, replace(last, reads=tuple(readings.items())))
+    runner = _Runner(context, "none", None, None, state.get(SHARED, {}))
+    return runner.steps(steps, stacks_of(program, state), tokens)[2]
+
+
 def stacks_of(
-    program: Program, state: Mapping[str, Mapping[str, Any]], drop_path: float = 0.0
+    program: Program,
+    state: Mapping[str, Mapping[str, Any]],
+    drop_path: float = 0.0,
+    drop_path_rates: DropPathRates = "linear",
 ) -> dict[Kind, Any]:
-    """Weights by kind, with the numbers that steps need of themselves: block index and rate, item ordinals."""
+    """Stacked weights by kind, with the numbers that steps need of themselves: block index and rate, item ordinals."""
     depth = program.depth
-    rates = jnp.linspace(0.0, drop_path, depth) if depth > 1 else jnp.full((1,), drop_path)
+    rising = drop_path_rates == "linear" and depth > 1
+    rates = jnp.linspace(0.0, drop_path, depth) if rising else jnp.full((depth,), drop_path)
     stacks: dict[Kind, Any] = {DEPTH: {"index": jnp.arange(depth), "rate": rates.astype(jnp.float32)}}
     for (group, name), occurrences in program.kinds.items():
+        if group == SHARED:
+            continue
         params = state.get(group, {}).get(name, {})
         stacks[group, name] = (
             params if group == "blocks" else {"params": params, "ordinal": jnp.arange(len(occurrences))}
@@ -167,8 +199,10 @@ class _Runner:
         remat: str,
         trace: list[TracePoint] | None,
         loads: dict[str, Array] | None,
+        shared: Mapping[str, Any],
     ):
         self.context, self.remat, self.trace, self.loads = context, remat, trace, loads
+        self.shared = shared
 
     def steps(
         self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens
@@ -189,8 +223,13 @@ class _Runner:
     def block(self, step: BlockStep, stacks: Stacks, tokens: Tokens) -> tuple[Tokens, Aux, dict[str, Array]]:
         """One block; under remat what lies inside is computed again in the backward pass."""
 
-        def compute(stacks: Stacks, tokens: Tokens, context: Context) -> tuple[Tokens, Aux, dict[str, Array]]:
-            params = {slot: _single(stacks[kind]) for slot, kind in step.kinds}
+        def compute(
+            stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context
+        ) -> tuple[Tokens, Aux, dict[str, Array]]:
+            params = {
+                slot: shared[kind[1]] if kind[0] == SHARED else _single(stacks[kind])
+                for slot, kind in step.kinds
+            }
             place = Depth(**_single(stacks[DEPTH]))
             wanted = dict(step.reads)
             if step.between:
@@ -206,7 +245,7 @@ class _Runner:
         if self.remat != "none":
             compute = jax.checkpoint(compute, policy=REMAT_POLICIES[self.remat], prevent_cse=True)
         with jax.named_scope(step.name):
-            tokens, aux, readings = compute(stacks, tokens, self.context)
+            tokens, aux, readings = compute(stacks, self.shared, tokens, self.context)
         if self.trace is not None and self.loads is not None and aux.load is not None:
             self.loads[step.name] = aux.load
         return tokens, aux.replace(load=None), readings  # of this block alone

@@ -11,8 +11,9 @@ from jax import Array
 
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.norm import LayerNorm
+from tokenlab.ops.pieces import join_pieces
 
-Pool: TypeAlias = Literal["cls", "mean"]
+Pool: TypeAlias = Literal["cls", "mean", "special"]
 
 
 def pooled_mean(x: Array, tokens: Tokens) -> Array:
@@ -38,7 +39,8 @@ class Head(nn.Module):
 
     Attributes:
       outputs: number of logits.
-      pool: "cls" takes the first token, "mean" see `pooled_mean`.
+      pool: "cls" takes the first token, "mean" see `pooled_mean`, "special" joins the J special tokens and that mean to
+        one vector of width (J + 1) D, as in Jumbo (Fuller et al. 2026, arXiv 2502.15021).
       dtype: compute dtype of the norm; the classifier runs in float32.
       norm_eps: eps of the norm.
       bias: initial value of the classifier's biases.
@@ -63,9 +65,12 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> tuple[Array, Array, Array]:
-        """Tokens -> logits [B, outputs] float32, pooled features [B, D] float32, normed tokens [B, N, D]."""
+        """Tokens -> logits [B, outputs], what is pooled [B, D or (J + 1) D], both float32, normed tokens."""
         x = LayerNorm(self.dtype, self.norm_eps, name="norm")(tokens.x)
         pooled = x[:, 0].astype(jnp.float32) if self.pool == "cls" else pooled_mean(x, tokens)
+        if self.pool == "special":
+            pieces = join_pieces(x[:, : tokens.protected].astype(jnp.float32))
+            pooled = jnp.concatenate([pieces, pooled], axis=1)
         logits = nn.Dense(
             self.outputs,
             kernel_init=nn.initializers.zeros,

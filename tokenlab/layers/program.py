@@ -19,17 +19,21 @@ from jax import Array
 from tokenlab.core.errors import TokenLabError, suggest
 from tokenlab.core.stack import Call, Node, Repeat, Sequence, Span, Stack
 from tokenlab.layers.attention import Attention, Reading
-from tokenlab.layers.bind import Resolver, build_ffn, build_item
+from tokenlab.layers.bind import Resolver, build_ffn, build_item, build_special
 from tokenlab.layers.block import Block
 from tokenlab.layers.context import name_seed
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.item import Item
+from tokenlab.sharding.rules import path_of
 
 MAX_PERIOD = 16  # the longest repeating pattern of steps that is looked for when folding into loops
 
 Kind: TypeAlias = tuple[str, str]
 """Where in the state a stack of weights is: ("blocks", "attention"), ("items", "keep"). What learns nothing is in
-("free", name), which has no weights and so no part in the numbering of those that have."""
+("free", name), which has no weights and so no part in the numbering of those that have. What is in ("shared", name) is
+not stacked: one copy serves every block that uses it."""
+
+SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class BlockStep:
       reads: what the next item wants of its attention.
       between: an item between its halves.
       rows: tokens of a whole sequence that it must have room to remember in generation; 0 elsewhere.
+      apart: J, leading tokens that do not go through its feed-forward layer but through `block.special`.
     """
 
     index: int
@@ -53,11 +58,17 @@ class BlockStep:
     reads: tuple[tuple[str, Reading], ...] = ()
     between: ItemStep | None = None
     rows: int = 0
+    apart: int = 0
 
     @property
     def after(self) -> int:
         """Tokens that come out."""
         return self.between.after if self.between else self.present
+
+    @property
+    def fed(self) -> int:
+        """Tokens that go through the feed-forward layer."""
+        return self.after - self.apart
 
     @property
     def name(self) -> str:
@@ -71,7 +82,7 @@ class BlockStep:
 
     def uses(self) -> dict[Kind, int]:
         """How many entries of each stack of weights it takes."""
-        used = {kind: 1 for _, kind in self.kinds} | {DEPTH: 1}
+        used = {kind: 1 for _, kind in self.kinds if kind[0] != SHARED} | {DEPTH: 1}
         if self.rows:
             used[memory_kind(self.rows)] = 1
         return _add(used, self.between.uses() if self.between else {})
@@ -171,7 +182,7 @@ class Program:
     Attributes:
       stack: the expression.
       steps: in order, unrolled.
-      kinds: where weights are stacked -> their occurrences in order.
+      kinds: where weights are stacked -> their occurrences in order; of shared ones, each block that uses them.
       depth: L, the number of blocks.
       present, after: tokens that come in and go out.
     """
@@ -208,10 +219,16 @@ class Program:
         return any(isinstance(s, ItemStep) and s.active and s.item.merges for s in self.flat())
 
     def init(self, key: Array) -> dict[str, dict[str, Any]]:
-        """Weights {"blocks": {kind: stacked}, "items": {kind: stacked}}; entry k depends on key, kind and k alone."""
-        state: dict[str, dict[str, Any]] = {"blocks": {}, "items": {}, "free": {}}
+        """Weights {"blocks": {kind: stacked}, "items": {kind: stacked}, "shared": {kind: one copy}}, each where any.
+
+        Entry k depends on key, kind and k alone, a shared copy on key and kind.
+        """
+        state: dict[str, dict[str, Any]] = {"blocks": {}, "items": {}, SHARED: {}, "free": {}}
         for (group, name), occurrences in self.kinds.items():
             base = jax.random.fold_in(key, name_seed(f"{group}/{name}"))
+            if group == SHARED:
+                state[group][name] = occurrences[0].init(base)
+                continue
             keys = [jax.random.fold_in(base, occurrence.index) for occurrence in occurrences]
             first = occurrences[0]
             if all(occurrence.maker == first.maker for occurrence in occurrences):
@@ -250,6 +267,7 @@ def build(
     coordinates: int,
     train: bool,
     rows: int | None = None,
+    kernel_std: float | None = None,
 ) -> Program:
     """Work a stack out.
 
@@ -265,15 +283,20 @@ def build(
       coordinates: A, axes of rotary positions.
       train: False takes `train_only` items out.
       rows: for generation, tokens of the longest whole sequence, of which `tokens` are the prompt; None elsewhere.
+      kernel_std: standard deviation of the normal from which all kernels of the blocks are drawn; None leaves each as
+        its layer initialises it.
 
     Returns:
       A `Program` with unrolled steps; `folded()` has loops.
 
     Raises:
       StackError: an unknown name or argument, a count that cannot be kept or merged, a reading without a block just
-        before it, a body that changes the number of tokens of a wrapper, no block at all, an item that cannot generate.
+        before it, a body that changes the number of tokens of a wrapper, no block at all, an item that cannot generate,
+        special tokens fed apart where there are none.
     """
-    builder = _Builder(stack, resolver, block, ffn_defaults, width, protected, has_cls, coordinates, train)
+    builder = _Builder(
+        stack, resolver, block, ffn_defaults, width, protected, has_cls, coordinates, train, kernel_std
+    )
     steps, after = builder.level([stack.root], tokens, rows)
     if not builder.blocks:
         stack.fail(Span(0, len(stack.text)), "holds no block; a stack needs at least one.")
@@ -350,11 +373,12 @@ class _Builder:
         has_cls: bool,
         coordinates: int,
         train: bool,
+        kernel_std: float | None,
     ):
         self.stack, self.resolver = stack, resolver
         self.block, self.ffn_defaults = block, ffn_defaults
         self.width, self.protected, self.has_cls = width, protected, has_cls
-        self.coordinates, self.train = coordinates, train
+        self.coordinates, self.train, self.kernel_std = coordinates, train, kernel_std
         self.blocks = 0
         self.numbers: dict[str, int] = {}  # items by name so far
         self.kinds: dict[Kind, list[Occurrence]] = {}
@@ -377,9 +401,10 @@ class _Builder:
     def block_step(self, call: Call, present: int, rows: int | None) -> BlockStep:
         if call.body is not None:
             self.stack.fail(
-                call.span, "block takes no body; its arguments are attention=..., ffn=..., between=...."
+                call.span,
+                "block takes no body; its arguments are attention=..., ffn=..., special=..., between=....",
             )
-        known = {"attention", "ffn", "between"}
+        known = {"attention", "ffn", "special", "between"}
         if call.args:
             self.stack.fail(call.span, "block's arguments need a name: block(ffn=...) or block(between=...).")
         chosen: dict[str, Call] = {}
@@ -399,6 +424,11 @@ class _Builder:
         if ffn := chosen.get("ffn"):
             made = build_ffn(self.stack, ffn, self.resolver, self.ffn_defaults)
             block = replace(block, ffn=made, ffn_name=ffn.name)
+        if special := chosen.get("special"):
+            self.check_special(special)
+            made = build_special(self.stack, special, self.resolver, self.ffn_defaults)
+            block = replace(block, special=made, special_name=special.name)
+        apart = self.protected if block.special else 0
         index, self.blocks = self.blocks, self.blocks + 1
         between = None
         if call_between := chosen.get("between"):
@@ -411,10 +441,30 @@ class _Builder:
         seen = between.after if between else present
         kinds = []
         for slot, module in block.modules().items():
-            name = block.ffn_name if slot == "ffn" else slot
-            tokens = seen if slot.startswith("ffn") else present
-            kinds.append((slot, self.add("blocks", name, index, module, self.module_init(module, tokens))))
-        return BlockStep(index, block, tuple(kinds), present, between=between, rows=rows or 0)
+            group, name = block.kind_of(slot)
+            tokens = seen - apart if slot.startswith("ffn") else present
+            shape = (tokens, self.width)
+            if slot.startswith(
+                "special"
+            ):  # its scale weighs what is added to each token, all else sees them joined
+                shape = (apart, self.width) if slot == "special_scale" else (apart * self.width,)
+            kinds.append((slot, self.add(group, name, index, module, self.module_init(module, shape))))
+        return BlockStep(index, block, tuple(kinds), present, between=between, rows=rows or 0, apart=apart)
+
+    def check_special(self, call: Call) -> None:
+        """Special tokens can be fed apart where there are any, and where they may see all others."""
+        if self.block.attention.causal:
+            self.stack.fail(
+                call.span,
+                f"special={call.name} feeds the tokens in front that gather the whole sequence; in a language model "
+                "there are none: take it out.",
+            )
+        if self.protected < 1:
+            self.stack.fail(
+                call.span,
+                f"special={call.name} feeds special tokens, and this model has none; give it registers "
+                "(config.model.registers) or a CLS token.",
+            )
 
     def item_step(self, call: Call, present: int, rows: int | None, before: list[Step]) -> ItemStep:
         item = build_item(self.stack, call, self.resolver)
@@ -492,16 +542,32 @@ class _Builder:
         found.append(Occurrence(len(found) if index is None else index, init, maker.axes(), maker))
         return kind
 
-    def module_init(self, module: nn.Module, present: int) -> Callable[[Array], Any]:
+    def module_init(self, module: nn.Module, shape: tuple[int, ...]) -> Callable[[Array], Any]:
+        """Key -> parameters for one example of this shape: (tokens, D), or of joined tokens (J * D,)."""
+
         def init(key: Array) -> Any:
-            x = jnp.zeros((1, present, self.width))
+            x, present = jnp.zeros((1, *shape)), shape[0]
             wants_coords = getattr(module, "rope_theta", None) is not None
             facts = {"coords": jnp.zeros((1, present, self.coordinates))} if wants_coords else {}
             if isinstance(module, Attention) and module.causal:
                 facts["position"] = jnp.zeros((1, present), jnp.int32)
-            return module.init({"params": key, "ffn": key}, x, **facts).get("params", {})
+            params = module.init({"params": key, "ffn": key}, x, **facts).get("params", {})
+            return params if self.kernel_std is None else _redrawn(params, key, self.kernel_std)
 
         return init
+
+
+def _redrawn(params: Any, key: Array, std: float) -> Any:
+    """Every leaf called "kernel" drawn anew from a normal of that standard deviation, by a key of its path."""
+
+    def leaf(path: Any, old: Array) -> Array:
+        name = path_of(path)
+        if name.rpartition("/")[2] != "kernel":
+            return old
+        own = jax.random.fold_in(key, name_seed(name))
+        return std * jax.random.normal(own, old.shape, old.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def _calls(nodes: list[Node]) -> list[Call]:

@@ -23,11 +23,22 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "item": ("tokenlab.layers.items", "tokenlab.methods"),
     "score": ("tokenlab.layers.scores", "tokenlab.methods"),
     "ffn": ("tokenlab.layers.ffn", "tokenlab.methods"),
+    "special": ("tokenlab.methods",),
 }
 """What a file offers (the attribute it defines) -> the packages whose files may offer it."""
 
+ROLES: Mapping[str, str] = {
+    "item": "stack item",
+    "score": "score",
+    "ffn": "feed-forward layer",
+    "special": "feeder of special tokens",
+}
+"""What each of them is called in messages."""
 
-BLOCK = "block: attention and feed-forward; block(ffn=NAME) replaces the latter, block(between=ITEM) stands between."
+BLOCK = (
+    "block: attention and feed-forward; block(ffn=NAME) replaces the latter, block(between=ITEM) stands between, "
+    "block(special=NAME) feeds CLS and registers."
+)
 
 
 class Names:
@@ -45,16 +56,19 @@ class Names:
         """The factory of feed-forward layer `name`. Raises NameLookupError with the nearest name."""
         return self._find("ffn", name)
 
+    def special(self, name: str) -> Callable[..., Any]:
+        """The factory of what feeds special tokens, by `name`. Raises NameLookupError with the nearest name."""
+        return self._find("special", name)
+
     def _find(self, role: str, name: str) -> Any:
         known = names_of(role)
         if name not in known:
-            what = {"item": "stack item", "score": "score", "ffn": "feed-forward layer"}[role]
-            raise NameLookupError(f"{what} {name!r} is unknown.{suggest(name, known)}")
+            raise NameLookupError(f"{ROLES[role]} {name!r} is unknown.{suggest(name, known)}")
         return names.find_attr(PLACES[role], name, role)
 
 
 def names_of(role: str) -> dict[str, str]:
-    """Every name that serves as "item", "score" or "ffn" -> the first line of its docstring; nothing is imported."""
+    """Every name that serves in a role of `PLACES` -> the first line of its docstring; nothing is imported."""
     found = {module.name: module.summary for module in names.list_modules(PLACES[role], defines=role)}
     return {"block": BLOCK, **found} if role == "item" else found
 

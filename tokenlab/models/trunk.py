@@ -124,6 +124,7 @@ class Trunk:
             tokens,
             context,
             drop_path=getattr(self.settings, "drop_path", 0.0),
+            drop_path_rates=getattr(self.settings, "drop_path_rates", "linear"),
             execution=execution or self.settings.execution,
             remat=remat or self.settings.remat,
             trace=trace if record else None,
@@ -134,7 +135,8 @@ class Trunk:
     # ------------------------------------------------------------------------------------------ weights
 
     def init(self, key: Array) -> dict[str, Any]:
-        """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "head": ...}, float32.
+        """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "shared": ..., "head": ...},
+        float32.
 
         Block k and item j get keys that depend on `key` and their number alone, so two stacks of as many blocks start
         from the same weights.

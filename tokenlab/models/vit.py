@@ -2,10 +2,10 @@
 
     tokens = embed(image)          [CLS, registers, patches] -> [B, N, D]
     tokens = stack(tokens)         block*12, block*4 + keep(0.5, by=cls) + block*8, ...
-    logits = head(tokens)          final norm, CLS token or mean, linear
+    logits = head(tokens)          final norm, CLS token or mean (or all special tokens and mean), linear
 
-The weights are one plain nested dict, {"embed", "blocks", "items", "head"}; the same weights serve every stack of as
-many blocks.
+The weights are one plain nested dict, {"embed", "blocks", "items", "shared", "head"}; the same weights serve
+every stack of as many blocks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ViTConfig:
       stack: the depth as an expression; None for `block*L`.
       width, num_heads, mlp_dim, patch: in place of the size's D, H, F, p.
       num_kv_heads: G, grouped-query heads; None for G = H.
-      head: "cls" token or "mean" of the patches.
+      head: "cls" token, "mean" of the patches, or "special": all registers and that mean, joined, without a CLS token.
       head_bias: initial bias of every class; -log(classes) makes the first sigmoid loss small.
       registers: number of register tokens.
       position: "learned", "sincos", "rope" or "none".
@@ -66,7 +66,10 @@ class ViTConfig:
         trained at one resolution are used at another.
       qk_norm: layer-norm queries and keys.
       layer_scale: initial value of LayerScale; None for none.
-      drop_path: rate of the last block, rising linearly from 0; in [0, 1).
+      kernel_std: standard deviation of the normal that the kernels of all linear layers of the blocks start from; None
+        for that of each layer, which depends on its size.
+      drop_path: rate of the last block, in [0, 1).
+      drop_path_rates: of the others: "linear", rising from 0 at the first, or "constant", the same.
       activation: "gelu_tanh", "gelu" (exact), "relu" or "silu".
       norm_eps: added to the variance in the layer norms of blocks and head, > 0.
       dtype: "float32" or "bfloat16" for computation; parameters, softmax, norms and losses are float32 always.
@@ -82,14 +85,16 @@ class ViTConfig:
     num_kv_heads: int | None = None
     mlp_dim: int | None = None
     patch: int | None = None
-    head: Literal["cls", "mean"] = "cls"
+    head: Literal["cls", "mean", "special"] = "cls"
     head_bias: float = 0.0
     registers: int = 0
     position: Literal["learned", "sincos", "rope", "none"] = "learned"
     position_grid: tuple[int, int] | None = None
     qk_norm: bool = False
     layer_scale: float | None = None
+    kernel_std: float | None = None
     drop_path: float = 0.0
+    drop_path_rates: Literal["linear", "constant"] = "linear"
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -107,12 +112,19 @@ class ViTConfig:
             )
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"config.model.drop_path must be in [0, 1); got {self.drop_path}.")
+        if self.kernel_std is not None and not self.kernel_std > 0:
+            raise ConfigError(f"config.model.kernel_std must be above 0; got {self.kernel_std}.")
         for field in ("width", "num_heads", "num_kv_heads", "mlp_dim", "patch"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"config.model.{field} must be at least 1; got {value}.")
         if self.registers < 0:
             raise ConfigError(f"config.model.registers must be at least 0; got {self.registers}.")
+        if self.head == "special" and self.registers < 1:
+            raise ConfigError(
+                "config.model.head is 'special', which reads the registers, and there are none; set "
+                "config.model.registers to at least 1."
+            )
         if self.position_grid is not None and (len(self.position_grid) != 2 or min(self.position_grid) < 1):
             raise ConfigError(
                 f"config.model.position_grid must be (rows, columns); got {self.position_grid}."
@@ -230,6 +242,7 @@ class ViT(Trunk):
             has_cls=s.head == "cls",
             coordinates=2,
             train=self.train,
+            kernel_std=s.kernel_std,
         )
 
     @property

@@ -33,6 +33,12 @@ def take(tokens: Tokens, indices: Array) -> Tokens:
     return moved.replace(owner=owner)
 
 
+def part(tokens: Tokens, start: int, stop: int) -> Tokens:
+    """The tokens from `start` up to `stop`, none of them protected and without owners; start and stop are static."""
+    cut = jax.tree.map(lambda leaf: leaf[:, start:stop], tokens.replace(owner=None))
+    return cut.replace(protected=0)
+
+
 def append_rest(part: Tokens, full: Tokens, indices: Array, x: Array) -> Tokens:
     """Put one token behind `part` that stands for everything of `full` that is not in it.
 

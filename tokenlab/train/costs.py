@@ -12,7 +12,7 @@ from jax import Array
 
 from tokenlab.cost import Cost, CostTable, RowInfo, count
 from tokenlab.cost.table import KINDS
-from tokenlab.layers.program import BlockStep, ItemStep, steps_of
+from tokenlab.layers.program import SHARED, BlockStep, ItemStep, steps_of
 from tokenlab.train.step import loss_and_gradients
 
 Spec = Mapping[str, tuple[tuple[int, ...], str]]
@@ -68,10 +68,13 @@ def cost_table(model: Any, task: Any, spec: Spec, batch_size: int = 1, only: Seq
 
     Arguments as `train_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
     they are those its body sees. Rows are in the order of execution, "embed" first and "head" last; a model without a
-    stack names its own.
+    stack names its own. What blocks share has a row of its own for its parameters; its FLOPs are those of the blocks.
     """
     steps = steps_of(model)
-    kinds = (*KINDS, *sorted({s.block.ffn_name for s in steps if isinstance(s, BlockStep)} - set(KINDS)))
+    named = {
+        name for s in steps if isinstance(s, BlockStep) for name in (s.block.ffn_name, s.block.special_name)
+    }
+    kinds = (*KINDS, *sorted(named - {*KINDS, ""}))
     costs = forward_cost(model, task, spec, batch_size), train_cost(model, task, spec, batch_size, only)
     return CostTable.from_costs(*costs, rows=_rows(model, steps), kinds=kinds)
 
@@ -81,10 +84,13 @@ def _rows(model: Any, steps: list[BlockStep | ItemStep]) -> list[RowInfo]:
         return model.cost_rows()
     state = model.abstract_state()
     rows = [RowInfo("embed", model.tokens_per_example, _size(state["embed"]))]
+    # No scope has a "/" in its name, so that nothing is ever filed under these.
+    rows += [RowInfo(f"{SHARED}/{name}", None, _size(tree)) for name, tree in state.get(SHARED, {}).items()]
     for step in steps:
         kinds = [kind for _, kind in step.kinds] if isinstance(step, BlockStep) else [step.kind]
         # Leaves are stacked [n, ...] over the blocks or items of their kind; this step's share is one entry.
-        own = sum(_size(state.get(group, {}).get(name, {}), stacked=True) for group, name in kinds)
+        stacks = [state.get(group, {}).get(name, {}) for group, name in kinds if group != SHARED]
+        own = sum(_size(stack, stacked=True) for stack in stacks)
         rows.append(RowInfo(step.name, step.present, own))
     return [*rows, RowInfo("head", model.program.after, _size(state["head"]))]
 
@@ -111,6 +117,6 @@ def active_parameters(model: Any) -> int:
         own = shapes[kind[0]][kind[1]]  # a layer may hold several banks, each [layers of this kind, E, ...]
         stacked = jax.tree.leaves([bank for name, bank in own.items() if name.startswith("experts")])
         of_experts = sum(math.prod(leaf.shape[1:]) for leaf in stacked)
-        used = min(1.0, layer.experts_per_token(step.after) / layer.num_experts)
+        used = min(1.0, layer.experts_per_token(step.fed) / layer.num_experts)
         total -= round(of_experts * (1 - used))
     return total

@@ -1,0 +1,1 @@
+"""Methods that change what tokens are: wider ones, other kinds."""
