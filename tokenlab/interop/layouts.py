@@ -20,6 +20,7 @@ class Layout:
       unused: names that hold nothing a forward pass reads, and why.
       position_of_registers: whether the position table may have rows for registers (and may leave out CLS too).
       norm_eps: of its layer norms, where nothing else says.
+      heads: width D -> heads H of the models that were published in it, where they are not those of a ViT.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Layout:
     unused: Mapping[str, str] = field(default_factory=dict)
     position_of_registers: bool = False
     norm_eps: float = 1e-6
+    heads: Mapping[int, int] = field(default_factory=dict)
 
     def part_of(self, leaf: str) -> str | None:
         """The part that a leaf belongs to; None when there is none. An unused leaf belongs to itself."""
@@ -108,6 +110,19 @@ LAYOUTS = (
             "ffn_scale": "encoder.layer.{k}.layer_scale2.lambda1",
         },
         {"embeddings.mask_token": _MASK},
+    ),
+    Layout(
+        "Jumbo",
+        {
+            **{part: name for part, name in _TIMM.items() if part != "cls"},
+            "registers": "jumbo_token",
+            "special_norm": "blocks.{k}.norm3",
+            "special_up": "jumbo_mlp.fc1",
+            "special_down": "jumbo_mlp.fc2",
+        },
+        {"cls_token": "the pieces stand in its place"},
+        norm_eps=1e-5,
+        heads={96: 3, 128: 4},
     ),
 )
 """Known layouts. Of two that know as many names of a file the first is meant."""

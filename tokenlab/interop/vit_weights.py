@@ -15,6 +15,7 @@ import numpy as np
 
 from tokenlab.core.errors import CheckpointError
 from tokenlab.interop.layouts import Layout, recognise, short
+from tokenlab.models.vit import SIZES
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Weights:
       settings: of `ViTConfig`, as the weights imply them; "num_heads" among them only where they tell it.
       conventional: settings that no array tells, as models of this layout usually have them.
       depth: number of blocks L.
+      block: one of them in a stack.
       channels: of the images.
       classes: of the classifier; None when there is none.
       notes: what is to be told, one line each.
@@ -36,6 +38,7 @@ class Weights:
     settings: Mapping[str, Any]
     conventional: Mapping[str, Any]
     depth: int
+    block: str
     channels: int
     classes: int | None
     notes: tuple[str, ...]
@@ -104,6 +107,10 @@ def read(
             "down": leaves.linear("down", hidden, width, depth),
         },
     }
+    jumbo, block = "special_norm" in layout.parts, "block"
+    if jumbo:
+        blocks["jumbo_norm"] = leaves.norm("special_norm", len(embed["registers"]) * width, depth)
+        shared, block = _jumbo(leaves, len(embed["registers"]) * width)
     scaled = leaves.has("attention_scale") or leaves.has("ffn_scale")
     if scaled:
         for name in ("attention_scale", "ffn_scale"):
@@ -111,13 +118,13 @@ def read(
     head: dict[str, Any] = {"norm": leaves.norm("norm", width)}
     classes = None
     if leaves.has("classifier") and not fresh_head:
-        head["classifier"] = _classifier(leaves, width)
+        head["classifier"] = _classifier(leaves, width, 1 + len(embed["registers"]) if jumbo else 1)
         classes = head["classifier"]["kernel"].shape[1]
     settings = {
         "width": width,
         "mlp_dim": hidden,
         "patch": patch,
-        "head": "cls" if "cls" in embed else "mean",
+        "head": "special" if jumbo else "cls" if "cls" in embed else "mean",
         "registers": len(embed.get("registers", ())),
         "position": "learned",
         "position_grid": table,
@@ -127,9 +134,50 @@ def read(
     }
     conventional = {"activation": "gelu", "norm_eps": layout.norm_eps}
     state = {"embed": embed, "blocks": blocks, "head": head}
-    return Weights(
-        layout, settings, conventional, depth, channels, classes, tuple(leaves.notes), source, state
-    )
+    if jumbo:
+        state["shared"] = shared
+    notes = tuple(leaves.notes)
+    return Weights(layout, settings, conventional, depth, block, channels, classes, notes, source, state)
+
+
+def convert_jumbo_checkpoint(
+    state_dict: Mapping[str, Any], num_heads: int | None = None, *, grid: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The `state_dict` of a released Jumbo ViT (arXiv 2502.15021) as the state of a ViT here.
+
+    Args:
+      state_dict: name -> array or PyTorch tensor; its `cls_token`, which nothing reads, is left out.
+      num_heads: H; None for that of the published size of this width.
+      grid: (rows, columns) of the position table; None for a square.
+
+    Returns:
+      Nested dicts of float32 arrays, as `ViT.init` makes them for `stack="block(special=jumbo)*L"`, `registers=J`,
+      `head="special"`, `activation="gelu"`, `norm_eps=1e-5`.
+
+    Raises:
+      CheckpointError: names of another model, leaves that are missing or of a wrong shape, or a width that H does not
+        divide.
+    """
+    arrays = {
+        name: np.asarray(leaf.detach().cpu() if hasattr(leaf, "detach") else leaf)
+        for name, leaf in state_dict.items()
+    }
+    weights = read(arrays, source="the Jumbo checkpoint", grid=grid)
+    if weights.layout.name != "Jumbo":
+        raise CheckpointError(
+            f"{weights.source} has the names of {weights.layout.name}, not of Jumbo (jumbo_token, jumbo_mlp.fc1, ...); "
+            "use tokenlab.interop.vit_weights.read."
+        )
+    if num_heads is None:
+        width = weights.settings["width"]
+        published = {columns: heads for columns, _, _, heads in SIZES.values()} | weights.layout.heads
+        if width not in published:
+            raise CheckpointError(
+                f"{weights.source} has width {width}, which no published size has; give num_heads as the model was "
+                "trained with."
+            )
+        num_heads = published[width]
+    return weights.state(num_heads)
 
 
 class _Leaves:
@@ -306,11 +354,25 @@ def _attention(leaves: _Leaves, width: int, depth: int) -> tuple[dict[str, Any],
     return found, {"qk_norm": True, "num_heads": width // size}
 
 
-def _classifier(leaves: _Leaves, width: int) -> dict[str, np.ndarray]:
+def _jumbo(leaves: _Leaves, width: int) -> tuple[dict[str, Any], str]:
+    """What all blocks share of Jumbo, for pieces of J D = `width` together, and one of the blocks in a stack."""
+    hidden = leaves.array("special_up", ".weight", (None, width)).shape[0]
+    if hidden % width:
+        raise CheckpointError(
+            f"{leaves.said('special_up', '.weight')} has {hidden} hidden features, no multiple of the joined width "
+            f"{width}; import the weights of one unchanged model."
+        )
+    up, down = leaves.linear("special_up", width, hidden), leaves.linear("special_down", hidden, width)
+    mult = "" if hidden == 4 * width else f"(mult={hidden // width})"
+    return {"jumbo": {"up": up, "down": down}}, f"block(special=jumbo{mult})"
+
+
+def _classifier(leaves: _Leaves, width: int, vectors: int) -> dict[str, np.ndarray]:
+    """The classifier, on so many vectors of `width` joined."""
     outputs, inputs = leaves.array("classifier", ".weight", (None, None)).shape
-    if inputs == 2 * width:
+    if vectors == 1 and inputs == 2 * width:
         raise CheckpointError(
             f"{leaves.said('classifier', '.weight')} reads the class token beside the mean of the patches, "
             f"{inputs} features; the classifier here reads {width}: give --fresh-head to start it at zeros."
         )
-    return leaves.linear("classifier", width, outputs)
+    return leaves.linear("classifier", vectors * width, outputs)

@@ -91,7 +91,8 @@ def import_weights(
     if run.model.program.depth != weights.depth:
         raise ConfigError(
             f"config.model.stack {run.model.stack_text!r} has {run.model.program.depth} blocks, the weights in {file} "
-            f'have {weights.depth}; give --config.model.stack="block*{weights.depth}" or another stack of as many.'
+            f"have {weights.depth}; give "
+            f'--config.model.stack="{weights.block}*{weights.depth}" or another stack of as many.'
         )
     notes = [*weights.notes, *notes]
     if weights.classes is None:
@@ -167,21 +168,23 @@ def model_settings(
     elif "num_heads" in chosen:
         settings["num_heads"] = chosen["num_heads"]
     elif "num_heads" not in settings:
-        rows = [name for name, (columns, *_) in SIZES.items() if columns == width]
+        rows = {name: heads for name, (columns, *_, heads) in SIZES.items() if columns == width}
+        if width in weights.layout.heads:
+            rows = {weights.layout.name: weights.layout.heads[width]}
         if not rows:
             raise ConfigError(
                 f"how many heads the weights in {weights.source} have cannot be told from them (width {width}); "
                 "give --config.model.num_heads=H as the model was trained with."
             )
-        settings["num_heads"] = SIZES[rows[0]][3]
+        known, settings["num_heads"] = next(iter(rows.items()))
         notes.append(
-            f"{settings['num_heads']} heads, as ViT {rows[0]} of width {width} has them: "
+            f"{settings['num_heads']} heads, as ViT {known} of width {width} has them: "
             "give --config.model.num_heads if the model was trained with another number"
         )
     fitting = [name for name, row in SIZES.items() if row[:3] == (width, weights.depth, hidden)]
     if "size" not in chosen:  # where no row fits, "B" is a name only: all that a size says is given beside it
         settings["size"] = f"{fitting[0] if fitting else 'B'}/{patch}"
-    settings["stack"] = chosen.get("stack") or f"block*{weights.depth}"
+    settings["stack"] = chosen.get("stack") or f"{weights.block}*{weights.depth}"
     return settings, notes
 
 
