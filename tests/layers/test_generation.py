@@ -25,7 +25,7 @@ CASES = {
     "window": ("block*2", {"window": 4, "position": "none"}),
     "post-norm, layer norm, larger table": (
         "block*2",
-        {"post_norm": True, "norm": "layer", "vocab_multiple": 8},
+        {"norm_placement": "res_post", "norm": "layer", "vocab_multiple": 8},
     ),
     "mod": ("(block + mod(keep=0.25)(block))*2", {}),
     "mod by router": ("block + mod(keep=0.25, gate=sigmoid, decide=router)(block)", {}),

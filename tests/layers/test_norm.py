@@ -1,4 +1,4 @@
-"""Norms, the two ways of norming a block, and the axes that attention says its parameters have."""
+"""Norms, the three ways of norming a block, and the axes that attention says its parameters have."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 from tokenlab.core.errors import ShapeError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Attention
-from tokenlab.layers.block import Block, Depth
+from tokenlab.layers.block import Block, Depth, dropout
 from tokenlab.layers.context import Context
+from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.layers.norm import NORMS, LayerNorm, RMSNorm
 
@@ -67,12 +68,17 @@ def test_zeros_stay_zeros_with_finite_gradients():
         assert value == 0 and np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("placement", ["pre", "res_post", "post"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_block_is_its_modules_composed_by_hand(norm, post):
+def test_a_block_is_its_modules_composed_by_hand(norm, placement):
     attention = Attention(num_heads=2, use_bias=False, causal=True, norm=norm)
     block = Block(
-        attention=attention, ffn=SwiGLU(12), ffn_name="swiglu", norm=norm, norm_eps=EPS, post_norm=post
+        attention=attention,
+        ffn=SwiGLU(12),
+        ffn_name="swiglu",
+        norm=norm,
+        norm_eps=EPS,
+        norm_placement=placement,
     )
     x = rng.standard_normal((B, N, D)).astype(np.float32)
     position = jnp.broadcast_to(jnp.arange(N), (B, N))
@@ -86,8 +92,10 @@ def test_a_block_is_its_modules_composed_by_hand(norm, post):
         def normed(x):
             return by_hand(norm, x, params[f"{half}_norm"]).astype(np.float32)
 
-        y = module.apply({"params": params[half]}, x if post else normed(x), **facts)
-        return x + (normed(y) if post else np.asarray(y))
+        y = module.apply({"params": params[half]}, normed(x) if placement == "pre" else x, **facts)
+        if placement == "post":
+            return normed(x + np.asarray(y))
+        return x + (normed(y) if placement == "res_post" else np.asarray(y))
 
     expected = add(add(x, "attention", attention, position=position), "ffn", block.ffn)
     tokens, context, depth = (
@@ -98,6 +106,39 @@ def test_a_block_is_its_modules_composed_by_hand(norm, post):
     tokens, _ = block.attend(params, tokens, context, depth, {})
     tokens, _ = block.feed(params, tokens, context, depth)
     np.testing.assert_allclose(tokens.x, expected, atol=2e-5)
+
+
+def test_dropout_drops_features_of_what_is_added_in_training_only():
+    attention = Attention(num_heads=2)
+    plain, dropping = (
+        Block(attention=attention, ffn=MLP(12), norm_placement="post", dropout=r) for r in (0.0, 0.25)
+    )
+    x = rng.standard_normal((64, N, D)).astype(np.float32)
+    tokens, depth = Tokens(x, jnp.zeros(x.shape[:2], int)), Depth(jnp.int32(3), jnp.float32(0))
+    modules = plain.modules().items()
+    params = {slot: module.init(jax.random.key(1), x)["params"] for slot, module in modules}
+    run = {
+        (block, train): block.feed(params, tokens, Context(jax.random.key(0), train), depth)[0].x
+        for block in (plain, dropping)
+        for train in (False, True)
+    }
+    assert (run[dropping, False] == run[plain, False]).all() and (run[plain, True] == run[plain, False]).all()
+    assert not np.allclose(run[dropping, True], run[plain, True], atol=0.1)
+
+    y = dropout(jnp.ones((64, N, D)), 0.25, jax.random.key(5))
+    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+    deviation = 0.25 * 0.75 / y.size
+    assert abs((np.asarray(y) == 0).mean() - 0.25) < 4 * deviation**0.5
+
+
+def test_kernels_start_from_the_normal_that_was_asked_for():
+    x = jnp.zeros((1, 2, 64))
+    for module in (Attention(num_heads=4, kernel_std=0.02), MLP(256, kernel_std=0.02)):
+        flat = flax.traverse_util.flatten_dict(module.init(jax.random.key(0), x)["params"])
+        kernels = [leaf for path, leaf in flat.items() if path[-1] == "kernel"]
+        for kernel in kernels:
+            assert abs(kernel).max() <= 0.04
+            np.testing.assert_allclose(kernel.std(), 0.02 * 0.8796, rtol=0.05)
 
 
 @pytest.mark.parametrize(

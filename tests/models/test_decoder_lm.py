@@ -279,7 +279,7 @@ def test_sizes_have_the_parameters_that_their_names_say(name):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"tied": True, "qk_norm": True}, {"norm": "layer", "qk_norm": True, "post_norm": True}],
+    [{}, {"tied": True, "qk_norm": True}, {"norm": "layer", "qk_norm": True, "norm_placement": "res_post"}],
     ids=str,
 )
 def test_axes_are_named_for_exactly_the_parameters(settings):
@@ -291,6 +291,11 @@ def test_axes_are_named_for_exactly_the_parameters(settings):
     for path, names in axes.items():
         stacked = path.startswith(("blocks/", "items/"))
         assert len(names) == len(shapes[path]) - stacked, path
+
+
+@pytest.mark.parametrize(("old", "placement"), [(False, "pre"), (True, "res_post")])
+def test_settings_of_runs_that_said_post_norm_still_build(old, placement):
+    assert decoders.build("block", N, post_norm=old).settings.norm_placement == placement
 
 
 def test_weights_belong_to_blocks_whatever_wraps_them():

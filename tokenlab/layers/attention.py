@@ -13,6 +13,7 @@ from jax import Array
 from tokenlab.core.errors import ShapeError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers import by_modality
+from tokenlab.layers.initialize import kernel_initializer
 from tokenlab.layers.norm import NormName
 from tokenlab.ops import attention as ops
 from tokenlab.ops.cache import KVCache, Stacked
@@ -80,6 +81,8 @@ class Attention(nn.Module):
       causal: a token sees those at its own `position` and before.
       window: of a causal layer: a token sees none `window` or more positions before its own; None for all.
       modalities: M, weights of projections and of qk-norm for each modality; 0 for one set for all.
+      kernel_std: standard deviation of the normal, cut off at two, that kernels start from (BERT's is 0.02); None for
+        Glorot's uniform one.
       dtype: compute dtype; parameters stay float32, logits and softmax are computed in float32.
       implementation: of the attention itself, see `tokenlab.ops.attention.attention`.
 
@@ -98,6 +101,7 @@ class Attention(nn.Module):
     causal: bool = False
     window: int | None = None
     modalities: int = 0
+    kernel_std: float | None = None
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -171,9 +175,9 @@ class Attention(nn.Module):
         size_of_head = self.head_dim or width // heads
 
         how = {"use_bias": self.use_bias, "dtype": self.dtype}
+        init = kernel_initializer(self.kernel_std)
 
         def project(name: str, count: int) -> Array:
-            init = nn.initializers.xavier_uniform()
             return nn.DenseGeneral((count, size_of_head), kernel_init=init, name=name, **how)(x)
 
         counts = {"query": heads, "key": groups, "value": groups}
@@ -221,7 +225,6 @@ class Attention(nn.Module):
                     self, mixed, modality, {"out": (width,)}, self.modalities, inputs=2, valid=valid, **how
                 )["out"]
             else:
-                init = nn.initializers.xavier_uniform()
                 out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, name="out", **how)(mixed)
         if memory is not None:
             return out, memory

@@ -1,7 +1,10 @@
 """The transformer block, in two halves so that something may happen between them.
 
-    x = x + scale_a * Attention(Norm(x))        pre-norm        x = x + scale_a * Norm(Attention(x))   post-norm
-    x = x + scale_f * FFN(Norm(x))                              x = x + scale_f * Norm(FFN(x))
+    pre         x = x + scale_a * Attention(Norm(x))         x = x + scale_f * FFN(Norm(x))
+    res_post    x = x + scale_a * Norm(Attention(x))         x = x + scale_f * Norm(FFN(x))
+    post        x = Norm(x + scale_a * Attention(x))         x = Norm(x + scale_f * FFN(x))
+
+Dropout and drop path act on what is added, just before the sum.
 
 With `special` the special tokens in front go another way than the FFN, see `tokenlab.layers.special`.
 
@@ -27,7 +30,7 @@ from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Attention, Projections, Reading
 from tokenlab.layers.by_modality import NormByModality
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.norm import NORMS, NormName
+from tokenlab.layers.norm import NORMS, NormName, NormPlacement
 from tokenlab.layers.special import Special
 from tokenlab.ops import carry
 from tokenlab.ops.cache import KVCache, Stacked
@@ -68,11 +71,13 @@ class Block:
       special: runs on the special tokens in place of `ffn`; None sends them through it with the others.
       special_name: its name, the kind under which its weights stand.
       layer_scale: initial value of LayerScale, None for none.
+      dropout: rate at which single features of what a half adds are dropped in training, in [0, 1).
       drop_path: True when residual branches are dropped in training (rates are per block, in `Depth.rate`).
       dtype: compute dtype.
-      norm_eps: eps of both norms.
+      norm_eps: eps of both norms (BERT's is 1e-12).
       norm: "layer" or "rms".
-      post_norm: norm what each half adds rather than what it reads (Liu et al. 2022, Swin V2, arXiv 2111.09883, 3.2).
+      norm_placement: "pre" norms what each half reads, "res_post" what it adds (Liu et al. 2022, Swin V2, arXiv
+        2111.09883, 3.2), "post" the sum (Vaswani et al. 2017, arXiv 1706.03762; BERT).
     """
 
     attention: Attention
@@ -81,11 +86,12 @@ class Block:
     special: Special | None = None
     special_name: str = ""
     layer_scale: float | None = None
+    dropout: float = 0.0
     drop_path: bool = False
     dtype: Any = jnp.float32
     norm_eps: float = 1e-6
     norm: NormName = "layer"
-    post_norm: bool = False
+    norm_placement: NormPlacement = "pre"
 
     @property
     def by_modality(self) -> bool:
@@ -188,10 +194,10 @@ class Block:
             facts["segment"] = tokens.segment
         if self.attention.modalities:
             facts["modality"] = tokens.modality
-        normed = self._normed(modules, params, "attention", tokens.x, tokens, before=True)
+        normed = self._normed(modules, params, "attention", tokens.x, tokens, at="pre")
         with jax.named_scope("attention"):
             mixed, more = _apply(self.attention, params["attention"], normed, **facts, **how)
-        mixed = self._normed(modules, params, "attention", mixed, tokens, before=False)
+        mixed = self._normed(modules, params, "attention", mixed, tokens, at="res_post")
         return self._residual(modules, params, "attention", tokens, mixed, context, depth), more
 
     def _normed(
@@ -202,9 +208,9 @@ class Block:
         x: Array,
         tokens: Tokens,
         *,
-        before: bool,
+        at: NormPlacement,
     ) -> Array:
-        if before is self.post_norm:
+        if at != self.norm_placement:
             return x
         name = f"{half}_norm"
         more = (tokens.modality,) if self.attention.modalities and half != "special" else ()
@@ -239,10 +245,10 @@ class Block:
     ) -> Tokens:
         """The special tokens, joined: z + special(Norm(z))."""
         modules = self.modules()
-        normed = self._normed(modules, params, "special", join_pieces(tokens.x), tokens, before=True)
+        normed = self._normed(modules, params, "special", join_pieces(tokens.x), tokens, at="pre")
         with jax.named_scope(self.special_name):
             y = _apply(modules["special"], params["special"], normed)
-        y = self._normed(modules, params, "special", y, tokens, before=False)
+        y = self._normed(modules, params, "special", y, tokens, at="res_post")
         y = self._weighted(split_pieces(y, tokens.count), tokens)
         return self._residual(modules, params, "special", tokens, y, context, depth)
 
@@ -265,7 +271,7 @@ class Block:
         ffn = self.ffn
         if context.mode != "full" and hasattr(ffn, "in_generation"):
             ffn = ffn.in_generation()
-        normed = self._normed(modules, params, "ffn", tokens.x, tokens, before=True)
+        normed = self._normed(modules, params, "ffn", tokens.x, tokens, at="pre")
         with jax.named_scope(self.ffn_name):
             rngs = {"ffn": context.key("ffn", depth.index)} if context.train else None
             more = {"modality": tokens.modality} if getattr(ffn, "by_modality", False) else {}
@@ -273,7 +279,7 @@ class Block:
                 ffn, params["ffn"], normed, rngs=rngs, valid=tokens.valid, train=context.train, **more
             )
         y, aux = out if isinstance(out, tuple) else (out, Aux())
-        y = self._normed(modules, params, "ffn", y, tokens, before=False)
+        y = self._normed(modules, params, "ffn", y, tokens, at="res_post")
         y = self._weighted(y, tokens)
         return self._residual(modules, params, "ffn", tokens, y, context, depth), aux
 
@@ -289,9 +295,16 @@ class Block:
     ) -> Tokens:
         if self.layer_scale is not None:
             y = _apply(modules[f"{half}_scale"], params[f"{half}_scale"], y)
+        if self.dropout and context.train:
+            y = dropout(y, self.dropout, context.key(f"dropout_{half}", depth.index))
         if self.drop_path and context.train:
             y = drop_path(y, depth.rate, context.key(f"drop_path_{half}", depth.index))
-        return tokens.replace(x=constrain(tokens.x + y, "batch", None, None))
+        x = tokens.x + y
+        if half == "special" and self.norm_placement == "post":  # its norm is of the joined tokens
+            x = split_pieces(self._normed(modules, params, half, join_pieces(x), tokens, at="post"), x.shape[1])
+        else:
+            x = self._normed(modules, params, half, x, tokens, at="post")
+        return tokens.replace(x=constrain(x, "batch", None, None))
 
 
 @dataclass(frozen=True)
@@ -305,6 +318,15 @@ class Depth:
 
     index: Array
     rate: Array
+
+
+def dropout(y: Array, rate: float, key: Array) -> Array:
+    """Drop each number with probability `rate`, scaling the rest by 1 / (1 - rate).
+
+    Source: Srivastava et al. 2014, JMLR 15. y: any shape; rate in [0, 1).
+    """
+    alive = jax.random.bernoulli(key, 1 - rate, y.shape)
+    return jnp.where(alive, y / (1 - rate), jnp.zeros((), y.dtype))
 
 
 def drop_path(y: Array, rate: Array, key: Array) -> Array:

@@ -209,7 +209,9 @@ def as_ffn(layer: type[nn.Module], *, examples: tuple[str, ...]) -> Callable[...
         if given.get("expert") is None:
             gated = defaults.gated
             dense = SwiGLU(gated, defaults.dtype) if gated else None
-            given["expert"] = dense or MLP(defaults.hidden, defaults.activation, defaults.dtype)
+            given["expert"] = dense or MLP(
+                defaults.hidden, defaults.activation, defaults.dtype, defaults.kernel_std
+            )
         return layer(**given)
 
     words = {each.name: spelt.get(each.name, each.name) for each in fields}

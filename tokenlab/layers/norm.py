@@ -12,6 +12,9 @@ from jax import Array
 
 NormName: TypeAlias = Literal["layer", "rms"]
 
+NormPlacement: TypeAlias = Literal["pre", "res_post", "post"]
+"""Where the norm of half a block stands: before what is added, after it, or after the sum (see `layers.block`)."""
+
 
 class LayerNorm(nn.Module):
     """Layer norm over D with scale and bias, statistics in float32 (Ba et al. 2016, arXiv 1607.06450).

@@ -2,8 +2,9 @@
 
 A model file offers `Config`, a frozen dataclass of its settings, and `build(config, **facts)`, which returns an object
 with `init`, `apply`, `logical_axes` and the other methods of `tokenlab.models.vit.ViT`, most of which
-`tokenlab.models.trunk.Trunk` has for it. A model without a stack, such as `tokenlab.models.vq_image`, has `program`
-None and `stack_text` "", and says in `cost_rows()` which parts a cost table tells apart.
+`tokenlab.models.trunk.Trunk` has for it. One whose settings were renamed offers `current(settings)`, which
+gives those of older runs their names of today. A model without a stack, such as `tokenlab.models.vq_image`, has
+`program` None and `stack_text` "", and says in `cost_rows()` which parts a cost table tells apart.
 
 Stack items, scores and feed-forward layers are looked for first among the generic ones in `tokenlab.layers`, then among
 the methods.
@@ -99,6 +100,8 @@ def build(
     module = names.find("tokenlab.models", settings.pop("name", "vit"))
     if stack is not None:
         settings["stack"] = stack
+    if hasattr(module, "current"):
+        settings = module.current(settings)
     config = to_dataclass(module.Config, settings, path="config.model")
     return module.build(
         config, spec=spec, num_outputs=num_outputs, stack_vars=dict(stack_vars or {}), train=train

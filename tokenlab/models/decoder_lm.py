@@ -31,6 +31,7 @@ from tokenlab.layers.block import Block
 from tokenlab.layers.context import Context
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.swiglu import SwiGLU
+from tokenlab.layers.norm import NormPlacement
 from tokenlab.layers.output import Output
 from tokenlab.layers.program import BlockStep, ItemStep
 from tokenlab.layers.vocabulary import LMHead, TokenEmbed
@@ -73,7 +74,7 @@ class DecoderLMConfig:
       tied: the head uses the embedding's table.
       vocab_multiple: the table has a multiple of so many rows, so that a mesh can split it.
       norm: "rms" or "layer".
-      post_norm: norm what each half of a block adds rather than what it reads.
+      norm_placement: of each half of a block, "pre" norms what it reads, "res_post" what it adds, "post" the sum.
       norm_eps: eps of all norms, > 0.
       qk_norm: norm queries and keys.
       position: "rope" or "none".
@@ -97,7 +98,7 @@ class DecoderLMConfig:
     tied: bool = False
     vocab_multiple: int = 1
     norm: Literal["rms", "layer"] = "rms"
-    post_norm: bool = False
+    norm_placement: NormPlacement = "pre"
     norm_eps: float = 1e-6
     qk_norm: bool = False
     position: Literal["rope", "none"] = "rope"
@@ -243,7 +244,7 @@ class DecoderLM(Trunk):
             dtype=self.dtype,
             norm_eps=s.norm_eps,
             norm=s.norm,
-            post_norm=s.post_norm,
+            norm_placement=s.norm_placement,
         )
         # An ungated layer of 3/2 F has as many weights as the gated one of F.
         defaults = FFNDefaults(round(hidden * 1.5), "gelu_tanh", self.dtype, gated=hidden)
@@ -494,6 +495,14 @@ class Generation:
 
 
 Config = DecoderLMConfig
+
+
+def current(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a run from before `norm_placement`, which said `post_norm`, in today's words; others as they are."""
+    if "post_norm" not in settings:
+        return settings
+    rest = {key: value for key, value in settings.items() if key != "post_norm"}
+    return {"norm_placement": "res_post" if settings["post_norm"] else "pre", **rest}
 
 
 def build(

@@ -22,12 +22,14 @@ class FFNDefaults:
       activation: name of the model's activation, see `tokenlab.layers.activation`.
       dtype: compute dtype.
       gated: hidden width of the model's dense layer where that is a SwiGLU, None where it is an MLP.
+      kernel_std: what an MLP's kernels start from, see `tokenlab.layers.attention.Attention`.
     """
 
     hidden: int
     activation: str
     dtype: Any
     gated: int | None = None
+    kernel_std: float | None = None
 
 
 def width_of(hidden: int | None, default: int) -> int:

@@ -12,6 +12,7 @@ from jax import Array
 
 from tokenlab.layers.activation import activation
 from tokenlab.layers.ffn import FFNDefaults, width_of
+from tokenlab.layers.initialize import kernel_initializer
 from tokenlab.ops.grouped import Implementation, group_of, grouped_matmul
 
 
@@ -21,12 +22,14 @@ class MLP(nn.Module):
     Attributes:
       hidden: width F of the hidden layer.
       activation: its name.
+      kernel_std: as of `tokenlab.layers.attention.Attention`.
       dtype: compute dtype; parameters stay float32.
     """
 
     hidden: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    kernel_std: float | None = None
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "up/kernel": ("embed", "mlp"),
@@ -44,14 +47,11 @@ class MLP(nn.Module):
         """[B, N, D] -> [B, N, D]. Tokens do not meet here, so neither `valid` nor `train` changes anything."""
         del valid, train
         with jax.named_scope("up"):
-            hidden = nn.Dense(
-                self.hidden, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="up"
-            )(x)
+            init = kernel_initializer(self.kernel_std)
+            hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="up")(x)
         hidden = activation(self.activation)(hidden)
         with jax.named_scope("down"):
-            return nn.Dense(
-                x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="down"
-            )(hidden)
+            return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="down")(hidden)
 
     def grouped(
         self,
@@ -77,4 +77,4 @@ class MLP(nn.Module):
 
 def ffn(defaults: FFNDefaults, *, hidden: int | None = None) -> MLP:
     """`block(ffn=mlp(hidden=...))`: `hidden` in place of the model's own."""
-    return MLP(width_of(hidden, defaults.hidden), defaults.activation, defaults.dtype)
+    return MLP(width_of(hidden, defaults.hidden), defaults.activation, defaults.dtype, defaults.kernel_std)
