@@ -64,11 +64,16 @@ def judged(output: Any, batch: Mapping[str, Array], keys: tuple[str, ...] = ("by
     if logits.shape[1] != batch["target"].shape[1]:  # some were dropped on the way
         leaves = {key: gather(leaf, output.places) for key, leaf in leaves.items()}
     weight, target = leaves.pop("weight"), leaves.pop("target")
+    total, own, likeliest = scored(logits, target)
+    return Judged(weight, (total - own) * weight, (likeliest == target) * weight, total, leaves)
+
+
+def scored(logits: Array, target: Array) -> tuple[Array, Array, Array]:
+    """Of logits [..., V] float32: the log of the softmax's sum, the logit of `target` [...], and the likeliest id."""
     total = jax.nn.logsumexp(logits, axis=-1)
     # A sum over the vocabulary stays where the vocabulary is split over devices; picking one logit would not.
     own = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0), axis=-1)
-    hit = (jnp.argmax(logits, axis=-1) == target) * weight
-    return Judged(weight, (total - own) * weight, hit, total, leaves)
+    return total, own, jnp.argmax(logits, axis=-1)
 
 
 def with_other_losses(

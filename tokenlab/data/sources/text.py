@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenlab.core.errors import ConfigError, DataError
 from tokenlab.data.text import TextConfig, TextSource
@@ -52,18 +53,22 @@ class Config(TextConfig):
         super().__post_init__()
         if self.split_on == "":
             raise ConfigError("config.data.split_on is ''; expected a text between documents, or None.")
-        if self.fractions is None:
-            return
-        if isinstance(self.files, Mapping):
-            raise ConfigError(
-                "config.data.fractions is set, and config.data.files has a pattern for each split; leave one of them "
-                "out."
-            )
-        given = dict(self.fractions)
-        if not given or min(given.values()) <= 0 or not math.isclose(sum(given.values()), 1.0):
-            raise ConfigError(
-                f"config.data.fractions is {given}; expected shares > 0 that are 1 together, such as {FRACTIONS}."
-            )
+        check_fractions(self.files, self.fractions)
+
+
+def check_fractions(files: Any, fractions: Mapping[str, float] | None) -> None:
+    """Raise a ConfigError where shares of the documents make no sense, beside such `files` or at all."""
+    if fractions is None:
+        return
+    if isinstance(files, Mapping):
+        raise ConfigError(
+            "config.data.fractions is set, and config.data.files has a pattern for each split; leave one of them out."
+        )
+    given = dict(fractions)
+    if not given or min(given.values()) <= 0 or not math.isclose(sum(given.values()), 1.0):
+        raise ConfigError(
+            f"config.data.fractions is {given}; expected shares > 0 that are 1 together, such as {FRACTIONS}."
+        )
 
 
 def build(config: Config) -> TextSource:
@@ -82,15 +87,25 @@ def documents(config: Config) -> tuple[str, dict[str, list[str]]]:
     """A name for the documents of `config.files`, and the documents by split; raises as `build`."""
     by_split = isinstance(config.files, Mapping)
     patterns = dict(config.files) if by_split else {"": config.files}
-    found = {split: _matching(split, given) for split, given in patterns.items()}
-    _check(found, config)
+    found = {split: files_of(split, given) for split, given in patterns.items()}
+    check_files(found, KINDS, "text")
+    every = [path for paths in found.values() for path in paths]
+    if config.split_on is not None and not any(suffix_of(path) == ".txt" for path in every):
+        raise ConfigError(
+            "config.data.split_on is set, and no file is a .txt, which it would cut; a .jsonl has a document a line."
+        )
     texts = {
         split: [text for path in paths for text in _documents(path, config)] for split, paths in found.items()
     }
     if not by_split:
         texts = shared_out(texts[""], config.fractions or FRACTIONS)
-    names = sorted({Path(path).name for paths in found.values() for path in paths})
-    return f"text {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""), texts
+    return "text " + named([path for paths in found.values() for path in paths]), texts
+
+
+def named(paths: Sequence[str]) -> str:
+    """A name for several files: that of the first, and how many more there are."""
+    names = sorted({Path(path).name for path in paths})
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def shared_out(documents: Sequence[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:
@@ -120,7 +135,8 @@ def shared_out(documents: Sequence[str], fractions: Mapping[str, float]) -> dict
     return found
 
 
-def _matching(split: str, patterns: Patterns) -> list[str]:
+def files_of(split: str, patterns: Patterns) -> list[str]:
+    """The files that match, in the order of their names; `split` is for messages. Raises DataError where none does."""
     key = f"config.data.files.{split}" if split else "config.data.files"
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -137,33 +153,31 @@ def _matching(split: str, patterns: Patterns) -> list[str]:
     return sorted(found)
 
 
-def _check(found: Mapping[str, Sequence[str]], config: Config) -> None:
+def check_files(found: Mapping[str, Sequence[str]], kinds: Sequence[str], what: str) -> None:
+    """Raise a DataError where there is no file, one is of none of `kinds`, or one is in two splits."""
     if not found:
         raise DataError("config.data.files is empty; expected a pattern of files, or one for each split.")
     seen: dict[str, str] = {}
     for split, paths in found.items():
         for path in paths:
-            if _kind(path) not in KINDS:
+            if suffix_of(path) not in kinds:
                 raise DataError(
-                    f"{path!r} is no text that is known here; expected {', '.join(KINDS)}, each also .gz or .xz."
+                    f"{path!r} is no {what} that is known here; expected {', '.join(kinds)}, each also .gz or .xz."
                 )
             if path in seen:
                 raise DataError(f"{path!r} is in splits {seen[path]!r} and {split!r}; expected it in one.")
             seen[path] = split
-    if config.split_on is not None and not any(_kind(path) == ".txt" for path in seen):
-        raise ConfigError(
-            "config.data.split_on is set, and no file is a .txt, which it would cut; a .jsonl has a document a line."
-        )
 
 
-def _kind(path: str) -> str:
+def suffix_of(path: str) -> str:
+    """ ".txt" of "a.txt" and of "a.txt.xz"."""
     name = Path(path)
     return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
 
 
 def _documents(path: str, config: Config) -> Iterator[str]:
-    text = _read(path)
-    if _kind(path) == ".txt":
+    text = contents(path)
+    if suffix_of(path) == ".txt":
         yield from [text] if config.split_on is None else text.split(config.split_on)
         return
     # Not splitlines, which also cuts at characters that may stand within a text.
@@ -190,7 +204,8 @@ def _documents(path: str, config: Config) -> Iterator[str]:
         yield found
 
 
-def _read(path: str) -> str:
+def contents(path: str) -> str:
+    """The text of a file, unpacked. Raises DataError where it cannot be read or is no UTF-8."""
     unpack = PACKED.get(Path(path).suffix)
     try:
         content = Path(path).read_bytes()

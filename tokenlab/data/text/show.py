@@ -46,7 +46,11 @@ class Counts:
 
 def is_text(source: Source) -> bool:
     """Whether its examples are text and nothing else."""
-    return getattr(source, "tokenizer", None) is not None and "modality" not in source.spec
+    return (
+        getattr(source, "tokenizer", None) is not None
+        and "target" in source.spec
+        and "modality" not in source.spec
+    )
 
 
 def count(source: Source, split: str) -> Counts:
@@ -129,7 +133,7 @@ def ngram_lines(source: Source, split: str, order: int) -> list[str]:
       ConfigError: the order is out of range.
       DataError: the source holds no text, or there is no such split, or no train split.
     """
-    if not is_text(source):
+    if getattr(source, "tokenizer", None) is None or {"modality", "label"} & set(source.spec):
         raise DataError(f"source {source.name!r} holds no text; its keys: {', '.join(source.spec)}.")
     check_split(source, TRAIN)
     check_split(source, split)

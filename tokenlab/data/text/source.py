@@ -12,6 +12,7 @@ import numpy as np
 from tokenlab.core.errors import ConfigError, DataError
 from tokenlab.data.source import Batch, DataConfig, Spec, check_split
 from tokenlab.data.text import packing, tokenizer
+from tokenlab.data.text.encoder_rows import Words, encoder_rows, encoder_spec
 from tokenlab.data.text.tokenizer import Tokenizer
 
 TRAIN = "train"
@@ -28,12 +29,14 @@ class TextConfig(DataConfig):
       packing: "stream": windows of all documents joined; "fit": whole documents, packed into rows.
       isolate: each document of a row has a segment and positions of its own. False: a row is one segment, so that
         attention crosses documents; what is predicted is the same.
+      encoder: rows are for an encoder, see `TextSource`; the vocabulary then has a mask, CLS and padding.
     """
 
     length: int = 256
     tokenizer: str = "bytes"
     packing: Literal["stream", "fit"] = "stream"
     isolate: bool = True
+    encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +72,9 @@ class Vocabulary:
 
     def __init__(self, config: TextConfig):
         self.name = config.name
-        self.tokenizer: Tokenizer = tokenizer.build(config.tokenizer, ())
+        self.tokenizer: Tokenizer = tokenizer.build(config.tokenizer, (), encoder=config.encoder)
         self.vocab_size = self.tokenizer.vocab_size
-        self.spec = spec_of(config.length)
+        self.spec = spec_of(config.length, config.encoder)
 
 
 class TextSource:
@@ -86,7 +89,16 @@ class TextSource:
         segment   int32 [N]    number of the document within the row, from 1
         position  int32 [N]    within the document's piece in this row, from 0
 
-    and zeros of all of them in padding. The tokens of a split are kept once; examples are made when they are read.
+    and zeros of all of them in padding. With `encoder` the row begins with CLS and it has
+
+        ids       int32 [N]    tokens, those of padding in padding
+        word      int32 [N]    number of the word within the row, from 1, see `Words`; 0 where no text stands
+        bytes     float32 [N]  bytes of text that the token itself stands for
+        segment   int32 [N]    as above; CLS is of the first document
+        position  int32 [N]    as above, one more in the first document, which CLS begins
+        mask_id   int32 []     the token that stands for a hidden one
+
+    The tokens of a split are kept once; examples are made when they are read.
 
     Args:
       name: of the source.
@@ -124,14 +136,15 @@ class TextSource:
                 f"config.data.tokenizer is {config.tokenizer!r}, which is trained on split {TRAIN!r}, and source "
                 f"{name!r} has only {', '.join(kept)}; expected such a split, 'bytes' or the path of a tokenizer.json."
             )
-        self.tokenizer: Tokenizer = tokenizer.build(config.tokenizer, kept.get(TRAIN, ()))
+        self.tokenizer: Tokenizer = tokenizer.build(
+            config.tokenizer, kept.get(TRAIN, ()), encoder=config.encoder
+        )
+        self._words = Words(self.tokenizer) if config.encoder else None
         self.vocab_size = self.tokenizer.vocab_size
         self._records = {split: self._read(split, texts, config) for split, texts in kept.items()}
         self.splits = {split: len(records) for split, records in self._records.items()}
-        self.spec = spec_of(config.length)
-        says = (
-            f"{self.tokenizer.fingerprint};{config.packing};{config.length};{config.isolate};{_digest(kept)}"
-        )
+        self.spec = spec_of(config.length, config.encoder)
+        says = f"{self.tokenizer.fingerprint};{config.packing};{config.length};{config.isolate};{digest_of(kept)}"
         self.fingerprint = f"{name}:{hashlib.sha256(says.encode()).hexdigest()[:16]}"
 
     def _read(self, split: str, texts: Sequence[str], config: TextConfig) -> TextRecords:
@@ -139,8 +152,8 @@ class TextSource:
             tokens, sizes = joined(self.tokenizer, texts)
         except DataError as error:
             raise DataError(f"source {self.name!r}, split {split!r}: {error}") from error
-        packed = PACKINGS[config.packing](sizes, config.length)
-        return TextRecords(tokens, packed, self.tokenizer, config.isolate)
+        packed = PACKINGS[config.packing](sizes, config.length - config.encoder)
+        return TextRecords(tokens, packed, self.tokenizer, config.isolate, self._words)
 
     def split(self, name: str) -> TextRecords:
         """See `Source.split`."""
@@ -152,8 +165,10 @@ class TextSource:
         return self.split(split).text()
 
 
-def spec_of(length: int) -> Spec:
+def spec_of(length: int, encoder: bool = False) -> Spec:
     """What an example of N tokens holds, see `TextSource`."""
+    if encoder:
+        return encoder_spec(length)
     return {
         key: ((length,), "float32" if key in ("weight", "bytes") else "int32")
         for key in ("ids", "target", "weight", "bytes", "segment", "position")
@@ -168,10 +183,19 @@ class TextRecords:
       packed: the rows.
       tokenizer: that made the tokens.
       isolate: see `TextConfig`.
+      words: of the tokenizer, for rows for an encoder; None for others.
     """
 
-    def __init__(self, tokens: np.ndarray, packed: packing.Packed, tokenizer: Tokenizer, isolate: bool):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        packed: packing.Packed,
+        tokenizer: Tokenizer,
+        isolate: bool,
+        words: Words | None = None,
+    ):
         self._tokens, self._packed, self._tokenizer, self._isolate = tokens, packed, tokenizer, isolate
+        self._words = words
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -184,11 +208,13 @@ class TextRecords:
     def batch(self, indices: np.ndarray) -> Batch:
         """See `Records.batch`."""
         found = self._packed.unpack(self._tokens, indices)
-        inside = found["segment"] > 0
+        pieces, inside = found["segment"], found["segment"] > 0
         counts = inside & (found["ids"] != self._tokenizer.end)
         if not self._isolate:
             found["segment"] = inside.astype(np.int32)
             found["position"] = np.where(inside, np.arange(self._packed.length, dtype=np.int32), 0)
+        if self._words is not None:
+            return encoder_rows(found, pieces, self._tokenizer, self._words)
         lengths = self._tokenizer.byte_lengths[found["target"]]
         return {
             "ids": found["ids"],
@@ -220,7 +246,7 @@ def joined(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.n
     return np.concatenate(parts), np.array(sizes, np.int64)
 
 
-def _digest(documents: Mapping[str, Sequence[str]]) -> str:
+def digest_of(documents: Mapping[str, Sequence[str]]) -> str:
     """SHA-256 over the splits and their documents."""
     digest = hashlib.sha256()
     for split, texts in documents.items():

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,16 @@ END_NAMES = (
 )
 """Names under which saved tokenizers keep the end of a document; the first that a vocabulary has is taken."""
 
+PAD, CLS, MASK = "<|pad|>", "<|cls|>", "<|mask|>"
+"""Names of what rows for an encoder need, in a vocabulary that is trained here."""
+
+SPECIAL_NAMES = {
+    "pad": (PAD, "[PAD]", "<pad>"),
+    "cls": (CLS, "[CLS]", "<cls>", "<s>"),
+    "mask": (MASK, "[MASK]", "<mask>"),
+}
+"""Names under which saved tokenizers keep them; the first that a vocabulary has is taken."""
+
 WORDS = ("bytes", "bpe(4096)")
 CHUNK = 1 << 20
 """Characters that are encoded in one go, or one document."""
@@ -44,6 +54,22 @@ _BPE = re.compile(r"bpe\(\s*(\d{1,9})\s*\)")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 Ids: TypeAlias = Sequence[int] | np.ndarray
+
+
+class Specials(NamedTuple):
+    """Ids that stand for no text, for an encoder.
+
+    Attributes:
+      pad: fills rows.
+      cls: begins a row.
+      sep: ends a document, or one text of a pair: the tokenizer's `end`.
+      mask: stands in the place of a hidden token.
+    """
+
+    pad: int
+    cls: int
+    sep: int
+    mask: int
 
 
 @runtime_checkable
@@ -55,6 +81,7 @@ class Tokenizer(Protocol):
       vocab_size: V; ids are in [0, V).
       end: the id that follows a document; no text encodes to it.
       byte_lengths: int32 [V], how many bytes of text (UTF-8) each id stands for; 0 for special tokens.
+      specials: what an encoder needs, or None where the vocabulary does not have all of it.
       fingerprint: two tokenizers with the same one give the same ids.
     """
 
@@ -62,6 +89,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end: int
     byte_lengths: np.ndarray
+    specials: Specials | None
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
@@ -108,15 +136,20 @@ class Decoder:
 
 
 class ByteTokenizer:
-    """A byte of UTF-8 is its own id; 256 is the end of a document. See `Tokenizer`."""
+    """A byte of UTF-8 is its own id; 256 is the end of a document. See `Tokenizer`.
+
+    Args:
+      encoder: also have the ids 257 for padding, 258 for CLS and 259 for the mask.
+    """
 
     name = "bytes"
-    vocab_size = NUM_BYTES + 1
     end = NUM_BYTES
-    fingerprint = "bytes"
 
-    def __init__(self) -> None:
-        self.byte_lengths = np.append(np.ones(NUM_BYTES, np.int32), np.int32(0))
+    def __init__(self, encoder: bool = False) -> None:
+        self.vocab_size = NUM_BYTES + (4 if encoder else 1)
+        self.fingerprint = "bytes for an encoder" if encoder else "bytes"
+        self.byte_lengths = (np.arange(self.vocab_size) < NUM_BYTES).astype(np.int32)
+        self.specials = Specials(NUM_BYTES + 1, NUM_BYTES + 2, self.end, NUM_BYTES + 3) if encoder else None
 
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode`."""
@@ -168,6 +201,11 @@ class HuggingFaceTokenizer:
         known = self._library.get_vocab(with_added_tokens=True)
         self.end = self._end(known)
         self.vocab_size = max(known.values()) + 1
+        named = {
+            what: next((known[name] for name in names if name in known), None)
+            for what, names in SPECIAL_NAMES.items()
+        }
+        self.specials = None if None in named.values() else Specials(sep=self.end, **named)
         self._pieces = _pieces(self._library, known, self.vocab_size)
         self._pieces[self.end] = b""
         self.byte_lengths = np.array([len(piece) for piece in self._pieces], np.int32)
@@ -251,22 +289,30 @@ class HuggingFaceTokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
-def build(word: str, texts: Iterable[str]) -> Tokenizer:
+def build(word: str, texts: Iterable[str], *, encoder: bool = False) -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names.
 
     Args:
       word: "bytes", "bpe(V)" or a path.
       texts: of the train split; read only to train "bpe(V)".
+      encoder: with `Specials`.
 
     Raises:
       ConfigError: V is too small.
-      DataError: there is no such file, it cannot be used, or the texts do not have V tokens.
+      DataError: there is no such file, it cannot be used or lacks special tokens, or the texts do not have V tokens.
     """
     if word == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer(encoder)
     if found := _BPE.fullmatch(word.strip()):
-        return train_bpe(texts, int(found[1]))
-    return load(word)
+        return train_bpe(texts, int(found[1]), encoder=encoder)
+    loaded = load(word)
+    if encoder and loaded.specials is None:
+        wanted = "; ".join(f"{what}: {' or '.join(names)}" for what, names in SPECIAL_NAMES.items())
+        raise DataError(
+            f"tokenizer {word!r} cannot serve an encoder: it lacks a token for padding, for the beginning of a row or "
+            f"for what is hidden; expected one of each ({wanted}). 'bytes' and 'bpe(4096)' are made with them."
+        )
+    return loaded
 
 
 def load(path: str) -> HuggingFaceTokenizer:
@@ -289,26 +335,29 @@ def load(path: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(text, path)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, encoder: bool = False) -> HuggingFaceTokenizer:
     """Byte-level byte-pair encoding, trained on texts: the same texts give the same vocabulary.
 
     Texts are cut into words as GPT-2's are. A pair that occurs once is not merged.
 
     Args:
       texts: to train on.
-      vocab_size: V, the 256 bytes and the end included.
+      vocab_size: V, the 256 bytes and the special tokens included.
+      encoder: with `Specials`; else the only special token is the end of a document.
 
     Raises:
-      ConfigError: V is below 257.
+      ConfigError: V is below 257, or 260 for an encoder.
       DataError: the texts have fewer than V tokens.
 
     Source: Sennrich et al., "Neural machine translation of rare words with subword units", ACL 2016; Radford et al.,
       "Language models are unsupervised multitask learners", 2019 (bytes, and how words are cut).
     """
-    if vocab_size < NUM_BYTES + 1:
+    special = [END, PAD, CLS, MASK] if encoder else [END]
+    if vocab_size < NUM_BYTES + len(special):
+        what = "padding, CLS, the mask and the end" if encoder else "the end"
         raise ConfigError(
-            f"config.data.tokenizer is 'bpe({vocab_size})'; expected at least bpe({NUM_BYTES + 1}): every byte and the "
-            "end of a document have a token."
+            f"config.data.tokenizer is 'bpe({vocab_size})'; expected at least bpe({NUM_BYTES + len(special)}): every "
+            f"byte and {what} of a document have a token."
         )
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -319,7 +368,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -1,0 +1,59 @@
+"""An encoder that guesses hidden tokens: BERT in miniature on the sources of Python, in minutes on two CPU cores.
+
+tokenlab train --config=configs/encoder_lm.py --workdir=runs/encoder
+tokenlab train --config=configs/encoder_lm.py --workdir=runs/encoder_words --config.task.hide=words
+tokenlab cost  --config=configs/encoder_lm.py
+
+Four blocks of width 128, 64 tokens at a time from a vocabulary of 1,000 that is trained on the text itself. The text is
+the standard library of the Python that runs, so numbers differ a little from version to version.
+
+"tiny", "mini", "small", "medium", "base" and "large" give the published sizes with the settings of BERT: 512 tokens, a
+batch of 256, a million steps; text of one's own as documents in files, and a vocabulary of 30,522.
+
+    tokenlab train --config=configs/encoder_lm.py:base --config.data.files="corpus/*.jsonl" --workdir=runs/base
+"""
+
+from ml_collections.config_dict import ConfigDict
+
+from tokenlab.train import default_config
+
+
+def get_config(size: str = "miniature") -> ConfigDict:
+    """The run: "miniature", or a published size."""
+    small = size == "miniature"
+    config = default_config(model="encoder_lm", task="masked_lm", data="python_text" if small else "text")
+    config.data.encoder = True
+    if small:
+        config.steps = 1200
+        config.batch_size = 32
+        config.log_every = 50
+        config.eval_every = 400
+        config.checkpoint_every = 400
+        config.eval.batch_size = 64
+        config.model.size = "toy"
+        config.model.stack = "block*4"
+        config.data.length = 64
+        config.data.tokenizer = "bpe(1000)"
+        config.data.isolate = False
+        config.optimizer.learning_rate = 1e-3
+        return config
+
+    config.steps = 1_000_000
+    config.batch_size = 256
+    config.log_every = 1000
+    config.eval_every = 20_000
+    config.checkpoint_every = 5_000
+    config.model.size = size
+    config.model.dropout = 0.1
+    config.model.vocab_multiple = 64
+    config.model.dtype = "bfloat16"
+    config.model.execution = "scan"
+    config.data.files = ("corpus/*.jsonl",)
+    config.data.length = 512
+    config.data.tokenizer = "bpe(30522)"
+    config.data.isolate = False
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.schedule.name = "linear"
+    config.optimizer.schedule.warmup_steps = 10_000
+    return config
