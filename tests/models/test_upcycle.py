@@ -10,7 +10,10 @@ from tokenlab import models, train
 from tokenlab.core.errors import CheckpointError, ConfigError
 from tokenlab.models.state import flat
 from tokenlab.models.upcycle import upcycle
-from tokenlab.train.config import default_config
+from tokenlab.train import initialize
+from tokenlab.train.checkpoint import Checkpoints
+from tokenlab.train.config import InitFrom, default_config
+from tokenlab.train.records import write_json
 
 SPEC = {"image": ((8, 8, 1), "float32")}
 LAYERS = (
@@ -80,7 +83,7 @@ def test_what_does_not_fit_is_told(dense):
         CheckpointError, match=r"the checkpoint in a has no layer like that.*expert=mlp\(hidden"
     ):
         of("block*2 + block(ffn=soft_moe(experts=2, expert=mlp(hidden=7)))")
-    with pytest.raises(CheckpointError, match="has no layer like that in each of its 4 blocks"):
+    with pytest.raises(CheckpointError, match="has no layer like that in block 3"):
         of("block*3 + block(ffn=soft_moe(experts=2))")
 
 
@@ -175,5 +178,73 @@ def test_more_experts_than_one_are_no_seed():
         decoder("block(ffn=moma(text=4, image=2))*2"),
     )
     state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
-    with pytest.raises(CheckpointError, match="no layer like that in each of its 2 blocks"):
+    with pytest.raises(CheckpointError, match="no layer like that in block 0"):
         upcycle(state, target.program, target.abstract_state())
+
+
+ONE, MANY = "block(ffn=moma(text=1, image=1))", "block(ffn=moma(text=4, image=2))"
+
+
+@pytest.mark.parametrize(
+    ("start", "stack", "wanted"),
+    [
+        # From where the first expert of text of each block of experts comes: (kind, row).
+        (f"block + {ONE}", f"block + {MANY}", {1: ("moma", 0)}),
+        (f"{ONE}*3", f"{ONE} + {MANY} + {ONE}", {0: ("moma", 0), 1: ("moma", 1), 2: ("moma", 2)}),
+        (f"{ONE} + block", f"{MANY}*2", {0: ("moma", 0), 1: ("swiglu", 0)}),
+        (f"block + {ONE} + block", f"block + {MANY}*2", {1: ("moma", 0), 2: ("swiglu", 1)}),
+    ],
+)
+def test_experts_come_from_their_own_block_wherever_it_stood(start, stack, wanted):
+    """As many blocks of a kind are not the same blocks."""
+    source, target = decoder(start), decoder(stack)
+    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    shapes = target.abstract_state()
+    made, fresh = upcycle(state, target.program, shapes, origin=source.program)
+    assert {*made, *fresh} == set(flat(shapes))
+    blocks, found = state["blocks"], {}
+    for (_, kind), occurrences in target.program.kinds.items():
+        if not kind.startswith("moma"):
+            continue
+        for row, each in enumerate(occurrences):
+            found[each.index] = made[f"blocks/{kind}/experts_text/up/kernel"][row]
+    assert found.keys() == wanted.keys()
+    for block, (kind, row) in wanted.items():
+        one = blocks[kind]["experts_text"]["up"]["kernel"][row][0] if kind == "moma" else None
+        one = blocks[kind]["up"]["kernel"][row] if one is None else one
+        for expert in found[block]:
+            np.testing.assert_array_equal(expert, one)
+    for path in made:
+        if path.startswith("blocks/swiglu/"):  # what stays dense is of block 0
+            old = blocks["swiglu"][path.split("/")[2]]["kernel"]
+            np.testing.assert_array_equal(made[path], old[:1])
+
+
+def test_layers_that_stood_in_other_blocks_are_told():
+    """The same counts in another order; where the stack of the weights is not known, also in the same."""
+    source = decoder(f"{ONE} + block")
+    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    target = decoder(f"{ONE} + block(ffn=moma(text=4, image=2))").program, decoder(f"block + {MANY}")
+    with pytest.raises(CheckpointError, match=r"block 0 of the stack has swiglu, and .* has it in block 1: "):
+        upcycle(state, target[1].program, target[1].abstract_state(), origin=source.program)
+    same = decoder(f"{MANY} + block")
+    upcycle(state, same.program, same.abstract_state(), origin=source.program)
+    with pytest.raises(CheckpointError, match="has no layer like that in block 0"):
+        upcycle(state, same.program, same.abstract_state())
+
+
+def test_a_run_says_in_which_blocks_its_layers_stood(tmp_path):
+    source, target = decoder(f"block + {ONE}"), decoder(f"block + {MANY}")
+    state = source.init(jax.random.key(0))
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(5, {"params": state, "ema": None}, {"ema": False}, wait=True)
+    start = InitFrom(str(tmp_path), upcycle=True)
+    with pytest.raises(CheckpointError, match="layer like that in block 1"):
+        initialize.load(start, target.abstract_state(), target)
+    write_json(tmp_path / "run.json", {"stack": source.stack_text})
+    loaded = initialize.load(start, target.abstract_state(), target)
+    old = np.asarray(state["blocks"]["moma"]["experts_image"]["up"]["kernel"])
+    np.testing.assert_array_equal(loaded["blocks/moma/experts_image/up/kernel"], np.repeat(old, 2, axis=1))
+    write_json(tmp_path / "run.json", {"stack": "block + gone(3)"})
+    with pytest.raises(CheckpointError, match=r"was trained as 'block \+ gone\(3\)', which does not fit"):
+        initialize.load(start, target.abstract_state(), target)

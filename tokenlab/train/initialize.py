@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenlab.core.errors import CheckpointError
+from tokenlab.core.errors import CheckpointError, TokenLabError
 from tokenlab.layers.program import Program
 from tokenlab.models.state import fit_state
 from tokenlab.models.upcycle import upcycle
 from tokenlab.sharding.rules import path_of
 from tokenlab.train.checkpoint import Which, load_params
 from tokenlab.train.config import InitFrom
+from tokenlab.train.records import read_run
 
 
 def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -35,14 +37,14 @@ def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[s
     return load_params(path, meta["step"], part="ema") if meta["ema"] else (params, meta)
 
 
-def load(config: InitFrom, shapes: Any, program: Program | None = None) -> dict[str, np.ndarray]:
+def load(config: InitFrom, shapes: Any, model: Any = None) -> dict[str, np.ndarray]:
     """The parameters that `config.init_from` says to load, by path ("head/kernel"); the rest is initialised.
 
     Args:
         config: `path` is a workdir or its checkpoints folder: its newest checkpoint is read, of it the moving average
             where one was kept. Parameters under a path of `fresh` are left to initialisation.
         shapes: parameters of the new model (anything with `shape`).
-        program: its stack, for `config.upcycle`; None for a model without.
+        model: the new one, for `config.upcycle`.
 
     Raises:
         CheckpointError: no readable checkpoint; nothing to upcycle; a parameter that only one side has, or of another
@@ -57,14 +59,32 @@ def load(config: InitFrom, shapes: Any, program: Program | None = None) -> dict[
     tree, _ = evaluation_params(config.path)
     source, fresh = f"the checkpoint in {config.path}", config.fresh
     if config.upcycle:
-        if program is None:
+        if model is None or model.program is None:
             raise CheckpointError(
                 "config.init_from.upcycle: this model has no stack, so no experts; leave it out."
             )
-        tree, anew = upcycle(tree, program, shapes, noise=config.upcycle_noise, source=source)
+        origin = _trained_stack(config.path, model)
+        tree, anew = upcycle(
+            tree, model.program, shapes, origin=origin, noise=config.upcycle_noise, source=source
+        )
         fresh = (*fresh, *anew)
     leaves, _ = fit_state(tree, shapes, fresh, source=source, left_out=False)
     return leaves
+
+
+def _trained_stack(path: str, model: Any) -> Program | None:
+    """The stack that a run trained, as it would be in `model`; None where no run.json tells it."""
+    folder = next((at for at in (Path(path), Path(path).parent) if (at / "run.json").is_file()), None)
+    text = None if folder is None else read_run(folder).get("stack")
+    if not text:
+        return None
+    settings = dataclasses.replace(model.settings, stack=text)
+    try:
+        return dataclasses.replace(model, settings=settings, stack_vars={}).program
+    except TokenLabError as error:
+        raise CheckpointError(
+            f"config.init_from.upcycle: {path} was trained as {text!r}, which does not fit this model: {error}"
+        ) from error
 
 
 def merge(params: Any, loaded: Mapping[str, np.ndarray]) -> Any:

@@ -81,7 +81,7 @@ def run(
     loaded: Mapping[str, Any] = {}
     if not _has_checkpoint(Path(workdir)):
         model = experiment.model
-        loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model.program)
+        loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model)
     compilation.use_cache(experiment.config.compilation_cache)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(Workdir(workdir, config))
