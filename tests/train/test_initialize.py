@@ -69,6 +69,8 @@ def test_nothing_is_loaded_without_a_path() -> None:
         ((), {"item": False}, ["items/keep/kernel", "the model does not have it", "fresh=('items/keep',)"]),
         (("hed",), {}, ["'hed'", "Did you mean 'head'?"]),
         (("hea",), {}, ["'hea'"]),
+        (("hea[d]/*",), {}, ["'hea[d]/*'"]),
+        (("hea?/*",), {}, ["'hea?/*'"]),
     ],
 )
 def test_what_does_not_fit(

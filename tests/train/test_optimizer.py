@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,7 +210,31 @@ def test_only_what_is_named_is_trained_and_remembered(name: str) -> None:
     assert "only items/*/router, head/*" in built.description
 
 
-def test_a_pattern_that_fits_nothing_is_told() -> None:
-    built = optimizers.build(config(only=("heads/*",)), steps=10)
-    with pytest.raises(ConfigError, match=r"config.optimizer.only has 'heads/\*', which fits no parameter"):
+@pytest.mark.parametrize("pattern", ["heads/*", "hea[de]/*", "hea?/*"])
+def test_a_pattern_that_fits_nothing_is_told(pattern: str) -> None:
+    """Nothing but * is special."""
+    built = optimizers.build(config(only=(pattern,)), steps=10)
+    told = f"config.optimizer.only has {pattern!r}, which fits no parameter"
+    with pytest.raises(ConfigError, match=re.escape(told)):
         built.init(some_params())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_decay_of_what_is_not_trained_is_told(name: str) -> None:
+    """It is a parameter, so it is not told to be none; one that is in part trained is right."""
+
+    def built(**decays: float) -> optimizers.Optimizer:
+        only = ("items/*/router", "head/*")
+        return optimizers.build(config(name=name, only=only, decays=decays), steps=10)
+
+    with pytest.raises(
+        ConfigError, match="'embed', which is not trained: no pattern of config.optimizer.only"
+    ):
+        built(embed=0.1).init(some_params())
+    with pytest.raises(ConfigError, match="'hea', which is no parameter. Did you mean 'head'"):
+        built(hea=0.1).init(some_params())
+    params = some_params()
+    optimizer = built(items=1.0)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    after, _ = optimizer.update(nothing, optimizer.init(params), params, jnp.float32(0))
+    np.testing.assert_allclose(after["items"]["keep"]["score"]["router"], 1 - RATE, rtol=1e-6)

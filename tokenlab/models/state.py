@@ -7,13 +7,13 @@ learns (scores, routers) is missing until it is trained.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from tokenlab.core.errors import CheckpointError, suggest
+from tokenlab.core.patterns import fits
 from tokenlab.sharding.rules import path_of
 
 
@@ -35,8 +35,8 @@ def fit_state(
     Args:
       saved: nested dicts of arrays, as a run trained them.
       wanted: nested dicts of anything with `shape`, as `model.abstract_state()` gives them.
-      fresh: paths ("head", "items/keep"), or patterns of whole ones ("blocks/moma/auxiliary_*"), whose leaves are not
-        taken from `saved`, because they start anew.
+      fresh: paths ("head", "items/keep"), or patterns of whole ones ("blocks/moma/auxiliary_*", where * stands for any
+        text and nothing else is special), whose leaves are not taken from `saved`, because they start anew.
       source: where `saved` is from, for messages: "the checkpoint in runs/a".
       left_out: learned parts of items that the stack does not hold are left out, and told; False makes them an error,
         for a run that starts from `saved` and should lose nothing unasked.
@@ -86,7 +86,7 @@ def _kind(path: str) -> str:
 
 def _under(path: str, name: str) -> bool:
     if "*" in name:
-        return fnmatch.fnmatchcase(path, name)
+        return fits(path, name)
     return f"{path}/".startswith(f"{name.strip('/')}/")
 
 

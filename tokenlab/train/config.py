@@ -72,8 +72,9 @@ class OptimizerConfig:
         weight_decay: decay per step as a fraction of the learning rate, >= 0, of kernels only.
         decays: path -> decay in place of `weight_decay` for every parameter under it, kernel or not, such as
             {"head/classifier/kernel": 3.0}; the longest path counts.
-        only: patterns of paths such as "blocks/moma/auxiliary_*" or "head/*"; parameters that none of them fits stay as
-            they are, and nothing is computed or remembered for them. () = all are trained.
+        only: patterns of paths such as "blocks/moma/auxiliary_*" or "head/*"; * stands for any text and nothing else
+            is special. Parameters that none of them fits stay as they are, and nothing is computed or remembered for
+            them. () = all are trained.
         clip: largest global gradient norm, > 0; None = not clipped.
         accumulate: microbatches per step, >= 1; it must divide `config.batch_size`.
         ema: decay in (0, 1) of the moving average of parameters that evaluation uses; None = none is kept.
@@ -158,8 +159,8 @@ class InitFrom:
 
     Attributes:
         path: workdir of another run, or one of its checkpoints; None = a fresh initialisation.
-        fresh: parameter paths ("head", "items/keep") or patterns of them ("blocks/moma/auxiliary_*") that are
-            initialised anew instead of loaded.
+        fresh: parameter paths ("head", "items/keep") or patterns of them ("blocks/moma/auxiliary_*", as of
+            `optimizer.only`) that are initialised anew instead of loaded.
         upcycle: that run is dense and this one has experts, which begin as copies of its feed-forward layers; routers
             begin anew. See `tokenlab.models.upcycle`.
         upcycle_noise: standard deviation of noise on each copy, relative to that of the parameter; >= 0.

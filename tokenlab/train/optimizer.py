@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
+from tokenlab.core.patterns import fits
 from tokenlab.sharding.rules import STACKED, path_of
 from tokenlab.train import schedule as schedules
 from tokenlab.train.config import OptimizerConfig
@@ -107,25 +107,37 @@ def trained(params: Any, only: Sequence[str]) -> Any:
     """Whether each parameter is trained: a tree of bools shaped like `params` (arrays or ShapeDtypeStructs).
 
     Args:
-        only: patterns of paths, where * stands for any text; a parameter is trained when one of them fits. None of
-            them: all are.
+        only: patterns of whole paths, where * stands for any text and nothing else is special; a parameter is trained
+            when one of them fits. None of them: all are.
 
     Raises:
         ConfigError: a pattern that fits no parameter.
     """
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in only:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+        if not any(fits(path, pattern) for path in paths):
             raise ConfigError(
                 f"config.optimizer.only has {pattern!r}, which fits no parameter; expected patterns of paths, of which "
                 f"there are {', '.join(sorted(paths)[:4])}, ..., with * for any text.{suggest(pattern, paths)}"
             )
 
-    def fits(path: Any, leaf: Any) -> bool:
+    def of(path: Any, leaf: Any) -> bool:
         del leaf
-        return not only or any(fnmatch.fnmatchcase(path_of(path), pattern) for pattern in only)
+        return not only or any(fits(path_of(path), pattern) for pattern in only)
 
-    return jax.tree_util.tree_map_with_path(fits, params)
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _check_decays(params: Any, own: Any, others: Mapping[str, float]) -> None:
+    """Raise a ConfigError for a path in `others` under which there are parameters and none is trained."""
+    trains = {path_of(path): each for path, each in jax.tree_util.tree_leaves_with_path(own)}
+    decays(params, 0.0, others)
+    for given in others:
+        if not any(each for path, each in trains.items() if _under(path, given)):
+            raise ConfigError(
+                f"config.optimizer.decays has {given!r}, which is not trained: no pattern of config.optimizer.only "
+                "fits a parameter there. Leave it out of the decays, or add a pattern for it."
+            )
 
 
 def _under(path: str, name: str) -> bool:
@@ -260,9 +272,12 @@ def build(config: OptimizerConfig, steps: int) -> Optimizer:
     if (config.weight_decay or config.decays) and not native:
         transform = optax.chain(transform, _decoupled_decay(schedule, config.weight_decay, config.decays))
     if config.only:
-        labels = lambda params: jax.tree.map(  # noqa: E731
-            lambda own: "trained" if own else "still", trained(params, config.only)
-        )
+
+        def labels(params: Any) -> Any:
+            own = trained(params, config.only)
+            _check_decays(params, own, config.decays)
+            return jax.tree.map(lambda own: "trained" if own else "still", own)
+
         transform = optax.multi_transform({"trained": transform, "still": optax.set_to_zero()}, labels)
     parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps)]
     parts += [f"weight decay {config.weight_decay:g}"] if config.weight_decay else []
