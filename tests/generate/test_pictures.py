@@ -15,6 +15,7 @@ from tokenlab import cli, data, models, train
 from tokenlab.core.config import override
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.data.image_text import Grey, ImageTextVocabulary, pairs
+from tokenlab.data.image_text.codec import checksum
 from tokenlab.data.text import ByteTokenizer
 from tokenlab.evaluate import load
 from tokenlab.evaluate.pixels import pixels_for
@@ -249,3 +250,9 @@ def test_a_file_that_is_gone_or_another_is_told(codes: tuple[Path, Any, Any], tm
         pixels_for(vocabulary(file), str(tmp_path / "moved.npz"))
     with pytest.raises(DataError, match="is of 2 x 3 codes out of 6; the run knows 2 x 3 out of 7"):
         pixels_for(vocabulary(file, 7), str(file))
+    known = vocabulary(file)
+    known.checksum = checksum({})
+    assert pixels_for(known, str(file)).codes == 6
+    known.checksum = checksum({"train": np.zeros((1, 2, 3), np.uint16)})
+    with pytest.raises(DataError, match="holds other codes than the run was trained on: it was written anew"):
+        pixels_for(known, str(file))

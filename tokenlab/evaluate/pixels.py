@@ -9,7 +9,8 @@ import numpy as np
 
 from tokenlab.core.errors import DataError
 from tokenlab.data.image_text import ImageTextVocabulary, Pixels
-from tokenlab.data.image_text.codec import pixels_of
+from tokenlab.data.image_text.codec import checksum, pixels_of
+from tokenlab.models import codes_file
 from tokenlab.models.vq_image import Decoder
 
 
@@ -62,7 +63,7 @@ def pixels_for(vocabulary: ImageTextVocabulary, codec: str) -> Pixels:
       codec: `config.data.codec`. A file is looked for at that path, in the current folder if it is a relative one.
 
     Raises:
-      DataError: there is no such file any more, it holds no decoder, or it is of other codes.
+      DataError: there is no such file any more, it holds no decoder, or other codes than the run was trained on.
     """
     if found := pixels_of(codec, vocabulary.grid):
         return found
@@ -72,11 +73,18 @@ def pixels_for(vocabulary: ImageTextVocabulary, codec: str) -> Pixels:
             f"the run's pictures are codes of the file {codec!r}, whose decoder makes pixels of them, and there is no "
             f"such file (seen from {Path.cwd()}); put it back, or say where it is with --config.data.codec=FILE."
         )
-    decoded = Decoded(Decoder.load(file))
+    coded = codes_file.read(file)
+    decoded = Decoded(Decoder.of(coded, what=str(file)))
     if (decoded.codes, decoded.grid) != (vocabulary.codes, vocabulary.grid):
         raise DataError(
             f"codes file {codec!r} is of {decoded.grid[0]} x {decoded.grid[1]} codes out of {decoded.codes}; the run "
             f"knows {vocabulary.grid[0]} x {vocabulary.grid[1]} out of {vocabulary.codes}. Expected the file it was "
             f"trained with, {vocabulary.codec!r}."
+        )
+    if vocabulary.checksum not in (None, checksum(coded.codes)):
+        raise DataError(
+            f"codes file {codec!r} holds other codes than the run was trained on: it was written anew since, and its "
+            f"decoder would make other pictures of the same codes. Expected the file it was trained with, "
+            f"{vocabulary.codec!r}; put it back, or say where it is with --config.data.codec=FILE."
         )
     return decoded

@@ -11,7 +11,9 @@ import pytest
 
 from tokenlab import data
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
-from tokenlab.data.image_text import Grey, Pixels, encode
+from tokenlab.data import Dataset, ImageTextConfig, TrainStream
+from tokenlab.data.image_text import Grey, ImageTextSource, Pixels, encode
+from tokenlab.data.image_text.codec import checksum
 from tokenlab.data.source import ArraySource
 
 RNG = np.random.default_rng(0)
@@ -122,6 +124,15 @@ class TestGrey:
 
 
 class TestFile:
+    def test_the_checksum_is_of_codes_and_splits_in_any_order(self) -> None:
+        """For a file of the same K and grid, which names alone do not tell from another."""
+        codes = {"a": np.arange(6, dtype=np.uint16).reshape(1, 2, 3), "b": np.ones((1, 2, 3), np.uint16)}
+        changed = {**codes, "b": np.full((1, 2, 3), 2, np.uint16)}
+        swapped = {"a": codes["b"], "b": codes["a"]}
+        turned = {**codes, "a": codes["a"].reshape(1, 3, 2)}
+        assert checksum(codes) == checksum(dict(reversed(codes.items())))
+        assert len({checksum(each) for each in (codes, changed, swapped, turned)}) == 4
+
     def test_codes_of_every_split(self, tmp_path: Path) -> None:
         path = written(tmp_path)
         coded = encode(path, SOURCE)
@@ -137,6 +148,25 @@ class TestFile:
             path = written(tmp_path / name, codes__test=np.full((2, 2, 3), codes, np.uint16))
             found.append(encode(path, SOURCE).fingerprint)
         assert found[0] == found[1] != found[2]
+
+    def test_a_file_that_was_written_anew_is_noticed_on_resume(self, tmp_path: Path) -> None:
+        """As many codes of as many pictures, and one of them is another."""
+
+        def stream(path: str) -> TrainStream:
+            config = ImageTextConfig(name="tiny", length=24)
+            captions = {split: [f"n{i}" for i in range(n)] for split, n in SOURCE.splits.items()}
+            source = ImageTextSource(
+                "tiny", encode(path, SOURCE), captions, dict.fromkeys(captions, ["some text"]), config
+            )
+            return TrainStream(Dataset(source), "train", 2, seed=0)
+
+        before = stream(written(tmp_path))
+        assert stream(str(tmp_path / "codes.npz")).check(before.state(3)) == 3
+        other = (np.arange(30) % 9).reshape(5, 2, 3).astype(np.uint16)
+        other[-1, -1, -1] = 8 - other[-1, -1, -1]
+        after = stream(written(tmp_path, codes__train=other))
+        with pytest.raises(DataError, match="does not fit this run: fingerprint"):
+            after.check(before.state(3))
 
     @pytest.mark.parametrize(
         ("changes", "message"),

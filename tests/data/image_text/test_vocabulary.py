@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.image_text import pairs
 from tokenlab.core.errors import DataError
 from tokenlab.data.image_text import Grey, ImageTextVocabulary, saved
+from tokenlab.data.image_text.codec import checksum
 from tokenlab.data.text import ByteTokenizer, Decoder, Tokenizer, tokenizer
 
 GRID = (2, 3)
@@ -92,6 +94,18 @@ def test_other_files_are_none(of_bpe: ImageTextVocabulary, tmp_path: Path) -> No
     assert saved(str(tmp_path / "t.json")) is None
     (tmp_path / "x").write_bytes(b"\xff")
     assert saved(str(tmp_path / "x")) is None
+
+
+def test_the_checksum_of_a_file_is_kept() -> None:
+    """A vocabulary that was kept before there was one has none."""
+    of_file = pairs.made().tokenizer
+    assert of_file.checksum == checksum(pairs.CODES)
+    assert ImageTextVocabulary.from_json(of_file.to_json()).checksum == of_file.checksum
+    says = json.loads(of_file.to_json())
+    del says["checksum"]
+    assert ImageTextVocabulary.from_json(json.dumps(says)).checksum is None
+    grey = pairs.coded(name="grey(5)", pixels=Grey(5, pairs.GRID))
+    assert pairs.made(pictures=grey).tokenizer.checksum is None
 
 
 def test_fingerprints_differ(known: ImageTextVocabulary, of_bpe: ImageTextVocabulary) -> None:

@@ -258,6 +258,16 @@ def _check_range(codes: np.ndarray, count: int, what: str) -> None:
         raise DataError(f"{what}: they are {codes.min()} to {codes.max()}; expected 0 to {count - 1}.")
 
 
+def checksum(splits: Mapping[str, np.ndarray]) -> str:
+    """Of codes by split, whatever the order of the splits: what a run keeps to know its file of codes again."""
+    digest = hashlib.sha256()
+    for split in sorted(splits):
+        codes = np.ascontiguousarray(splits[split], np.uint16)
+        digest.update(f"{split}:{codes.shape};".encode())
+        digest.update(codes)
+    return digest.hexdigest()
+
+
 def _digest(source: str, splits: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(source.encode())
     for split, codes in splits.items():

@@ -11,7 +11,7 @@ import numpy as np
 
 from tokenlab.core.errors import ConfigError, DataError
 from tokenlab.data.image_text import rows
-from tokenlab.data.image_text.codec import Coded
+from tokenlab.data.image_text.codec import Coded, checksum
 from tokenlab.data.image_text.vocabulary import ImageTextVocabulary, saved
 from tokenlab.data.source import Batch, DataConfig, Spec, check_split
 from tokenlab.data.text import tokenizer
@@ -197,6 +197,7 @@ class ImageTextSource:
         texts: Mapping[str, Sequence[str]],
         config: ImageTextConfig,
     ) -> ImageTextVocabulary:
+        of_file = None if coded.pixels is not None else checksum(coded.splits)
         if known := saved(config.tokenizer):
             if (known.codes, known.grid) != (coded.codes, coded.grid):
                 raise DataError(
@@ -204,7 +205,7 @@ class ImageTextSource:
                     f"codes out of {known.codes}; config.data.codec gives {coded.grid[0]} x {coded.grid[1]} out of "
                     f"{coded.codes}. Expected the codec that it was kept with, {known.codec!r}."
                 )
-            return ImageTextVocabulary(known.text, coded.codes, coded.grid, coded.name)
+            return ImageTextVocabulary(known.text, coded.codes, coded.grid, coded.name, of_file)
         if TRAIN not in texts and config.tokenizer.startswith("bpe("):
             raise DataError(
                 f"config.data.tokenizer is {config.tokenizer!r}, which is trained on split {TRAIN!r}, and source "
@@ -212,7 +213,7 @@ class ImageTextSource:
                 "tokenizer.json."
             )
         of_text = tokenizer.build(config.tokenizer, [*texts.get(TRAIN, ()), *captions.get(TRAIN, ())])
-        return ImageTextVocabulary(of_text, coded.codes, coded.grid, coded.name)
+        return ImageTextVocabulary(of_text, coded.codes, coded.grid, coded.name, of_file)
 
     def _read(
         self,

@@ -35,6 +35,8 @@ class ImageTextVocabulary:
       codes: K, codes that there are.
       grid: (h, w), codes of a picture.
       codec: as `config.data.codec` says it.
+      checksum: of the codes, where they are those of a file (`tokenlab.data.image_text.codec.checksum`); None where
+        `codec` says all.
 
     Attributes:
       begin, end_image: ids of what stands before and after the codes of a picture.
@@ -42,8 +44,11 @@ class ImageTextVocabulary:
       (those given; further: see `tokenlab.data.text.Tokenizer`)
     """
 
-    def __init__(self, text: Tokenizer, codes: int, grid: tuple[int, int], codec: str):
+    def __init__(
+        self, text: Tokenizer, codes: int, grid: tuple[int, int], codec: str, checksum: str | None = None
+    ):
         self.text, self.codes, self.grid, self.codec = text, codes, (int(grid[0]), int(grid[1])), codec
+        self.checksum = checksum
         self.name = f"{text.name} and {codec}"
         self.begin, self.end_image, self.first_code = (text.vocab_size + i for i in range(3))
         self.vocab_size = self.first_code + codes
@@ -128,9 +133,10 @@ class ImageTextVocabulary:
         if isinstance(self.text, HuggingFaceTokenizer):
             text["json"] = self.text.to_json()
         says = {"kind": KIND, "format": FORMAT, "text": text}
-        return json.dumps(
-            {**says, "codes": self.codes, "grid": list(self.grid), "codec": self.codec}, indent=1
-        )
+        says |= {"codes": self.codes, "grid": list(self.grid), "codec": self.codec}
+        if self.checksum is not None:
+            says["checksum"] = self.checksum
+        return json.dumps(says, indent=1)
 
     @classmethod
     def from_json(cls, text: str, name: str = "vocabulary") -> ImageTextVocabulary:
@@ -154,7 +160,7 @@ class ImageTextVocabulary:
             of_text, codes, (height, width), codec = (says[key] for key in ("text", "codes", "grid", "codec"))
             known = of_text.get("json")
             words = ByteTokenizer() if known is None else HuggingFaceTokenizer(known, of_text["name"])
-            return cls(words, int(codes), (int(height), int(width)), str(codec))
+            return cls(words, int(codes), (int(height), int(width)), str(codec), says.get("checksum"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{name!r} is damaged: {type(error).__name__}: {error}; expected the file as a run kept it."
