@@ -155,3 +155,25 @@ def test_evaluation_with_other_numbers_for_the_stack(built: Experiment) -> None:
     ]
     assert changing.train_step(0) is changing.train_step(3)
     assert changing.train_step(0) is not changing.train_step(4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"batch_size": 24},
+            "batch_size is 24, and .*multiple of 16, whole groups for each of the 8 devices",
+        ),
+        (
+            {"batch_size": 32, "optimizer.accumulate": 4},
+            r"batch_size / config.optimizer.accumulate is 8, and",
+        ),
+        ({"eval.batch_size": 24}, "eval.batch_size is 24, and moma .* sequences=2 examples together"),
+    ],
+)
+def test_examples_that_are_ranked_together_fill_the_devices(changes: dict[str, Any], says: str) -> None:
+    """Said when the run is built, by name, and not by a constraint inside the layer."""
+    stack = "block(ffn=moma(mixed=2, sequences=2, decide=topk))"
+    common = {"model.size": "nano/4", "model.stack": stack, "batch_size": 32, "eval.batch_size": 32}
+    with pytest.raises(ConfigError, match=says):
+        experiment.build(override(default_config(), {**common, "mesh.data": 8, **changes}))

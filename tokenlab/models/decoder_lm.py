@@ -167,9 +167,7 @@ class DecoderLM(Trunk):
     def __post_init__(self) -> None:
         _ = self.program  # so that a wrong stack is said at once, not at the first call
         self._check_causal(generating=not self.train)
-        if not self.modal and any(
-            isinstance(step, BlockStep) and step.block.by_modality for step in self.program.flat()
-        ):
+        if self.by_modality and not self.modal:
             raise StackError(
                 "stack: it has weights for text and for images, and the data does not say which token is which (it has "
                 f"no 'modality'): {self.program.stack.text!r}. Take data of both, such as "

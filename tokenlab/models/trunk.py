@@ -71,6 +71,13 @@ class Trunk:
         return self.make_program()
 
     @property
+    def by_modality(self) -> bool:
+        """Whether a block of the stack must be told what tokens stand for."""
+        return any(
+            isinstance(step, program.BlockStep) and step.block.by_modality for step in self.program.flat()
+        )
+
+    @property
     def dtype(self) -> Any:
         """Compute dtype."""
         return jnp.dtype(self.settings.dtype)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tokenlab.core.errors import ConfigError, ShapeError, suggest
+from tokenlab.core.errors import ConfigError, ShapeError, StackError, suggest
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers import program
 from tokenlab.layers.activation import activation
@@ -188,7 +188,12 @@ class ViT(Trunk):
             )
         if self.settings.position == "sincos" and width % 4:
             raise ShapeError(f"vit: sincos positions need a width in multiples of 4; got {width}.")
-        _ = self.program  # so that a wrong stack is said at once, not at the first call
+        if self.by_modality:  # a wrong stack is said here too, not at the first call
+            raise StackError(
+                "stack: it has weights for text and for images, and a vit has tokens of images alone: "
+                f"{self.program.stack.text!r}. Take parts that do not tell them apart, such as moma(mixed=8), or "
+                "config.model.name='decoder_lm' on data of both."
+            )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.stack import parse
 from tokenlab.cost import flops
+from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import DEFAULT_RULES, path_of
 from tokenlab.train import costs, initialize, schedule, state, step
@@ -305,9 +306,13 @@ def build(
     }
     experiment = Experiment(config, source, stream, task, mesh, optimizer, variables, built, metric_names=())
     batch = experiment.batch_shapes
+    for model in built.values():
+        _check_together(model, *_train_rows(config), mesh, train=True)
     experiment = dataclasses.replace(experiment, metric_names=_metric_names(built, task, batch))
     for start in variables.changes(config.steps):
-        _check_eval_model(experiment.eval_model(start + 1), experiment.model)
+        used = experiment.eval_model(start + 1)
+        _check_eval_model(used, experiment.model)
+        _check_together(used, "config.eval.batch_size", config.eval.batch_size, mesh, train=False)
     _ = experiment.abstract_state  # a leaf without a sharding rule is said here
     return experiment
 
@@ -375,14 +380,37 @@ def _check_eval_model(model: Any, trained: Any) -> None:
             )
 
 
+def _train_rows(config: TrainConfig) -> tuple[str, int]:
+    """What a train step computes at once: how it is set, and how many rows."""
+    what = "config.batch_size" + (" / config.optimizer.accumulate" if config.optimizer.accumulate > 1 else "")
+    return what, config.batch_size // config.optimizer.accumulate
+
+
+def _shards(mesh: Mesh) -> tuple[int, str]:
+    """How many devices share a batch, and along which axes."""
+    axes = {axis: mesh.shape[axis] for axis in DEFAULT_RULES["batch"]}
+    return math.prod(axes.values()), ", ".join(f"{axis}={size}" for axis, size in axes.items())
+
+
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
     """Every device gets as many rows of every batch."""
-    shards = int(np.prod([mesh.shape[axis] for axis in DEFAULT_RULES["batch"]]))
-    rows = config.batch_size // config.optimizer.accumulate
-    what = "config.batch_size" + (" / config.optimizer.accumulate" if config.optimizer.accumulate > 1 else "")
-    for name, size in ((what, rows), ("config.eval.batch_size", config.eval.batch_size)):
+    shards, axes = _shards(mesh)
+    for name, size in (_train_rows(config), ("config.eval.batch_size", config.eval.batch_size)):
         if size % shards:
-            axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in DEFAULT_RULES["batch"])
             raise ConfigError(
                 f"{name} is {size}: expected a multiple of {shards}, the devices that share it ({axes})."
+            )
+
+
+def _check_together(model: Any, name: str, rows: int, mesh: Mesh, *, train: bool) -> None:
+    """Examples whose tokens a layer ranks together lie on one device."""
+    shards, axes = _shards(mesh)
+    for each in steps_of(model):
+        layer = each.block.ffn if isinstance(each, BlockStep) else None
+        together = layer.together(train=train) if hasattr(layer, "together") else 1
+        if rows % (together * shards):
+            raise ConfigError(
+                f"{name} is {rows}, and {each.block.ffn_name} ranks the tokens of sequences={together} examples "
+                f"together: expected a multiple of {together * shards}, whole groups for each of the {shards} devices "
+                f"that share a batch ({axes}). Set it so, or take fewer sequences or devices."
             )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import decoders
+from tokenlab import models
 from tokenlab.core.errors import ConfigError, ShapeError, StackError, TokenLabError
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.methods.experts.moma import MoMa
@@ -181,6 +182,17 @@ def test_tokens_beyond_the_share_are_left_out_and_counted():
     assert values(aux)["left_out"] == 0.5
     equal(np.asarray(y)[:, N // 2 :], 0)
     assert (np.asarray(y)[:, : N // 2] != 0).all()
+
+
+def test_transport_rounds_the_tokens_that_travel_and_no_others():
+    """A modality's one expert is on every device, so that nothing is rounded for it."""
+    layer = MoMa(text=2, image=1, expert=EXPERT)
+    ids = np.asarray(IDS)
+    for run in (train, evaluate):
+        plain, rounded = (np.asarray(run(layer.clone(transport=how))[0]) for how in (None, "bfloat16"))
+        equal(rounded[ids == 1], plain[ids == 1])
+        assert not np.array_equal(rounded[ids == 0], plain[ids == 0])
+        close(rounded, plain, atol=0.2, rtol=0.02)
 
 
 def test_noise_is_logistic_and_only_in_training():
@@ -370,6 +382,13 @@ def test_outside_training_routed_experts_leave_out_what_finds_no_room_and_nothin
     assert values(aux)["left_out"] == pytest.approx(2 / (B * N))
 
 
+@pytest.mark.parametrize("stack", ["block(ffn=moma(text=2, image=2))", "block(attention=by_modality)"])
+def test_a_vit_has_no_modalities_and_says_so_when_it_is_built(stack):
+    spec = {"image": ((8, 8, 1), "float32")}
+    with pytest.raises(StackError, match="a vit has tokens of images alone: .*such as moma"):
+        models.build({"name": "vit", "size": "nano/2", "stack": stack}, spec=spec, num_outputs=3)
+
+
 def test_a_model_that_must_know_says_what_is_missing():
     with pytest.raises(StackError, match="the data does not say which token is which"):
         decoders.build("block(ffn=moma(text=2, image=2))*2", N)
@@ -405,6 +424,8 @@ def test_top_k_is_refused_in_a_language_model_unless_it_is_to_leak():
         ({"text": 2, "image": 2, "sequences": 0}, "sequences must be"),
         ({"text": 2, "image": 2, "decide": "guess"}, "decide 'guess' is unknown"),
         ({"text": 2, "image": 2, "transport": "int8"}, "transport must be"),
+        ({"text": 1, "image": 1, "transport": "bfloat16"}, "where nobody chooses no token travels: leave"),
+        ({"mixed": 1, "transport": "bfloat16"}, "where nobody chooses no token travels: leave"),
         ({"mixed": 2, "slack": 2.0}, "text_share and slack are of modalities"),
     ],
 )

@@ -86,7 +86,9 @@ class MoMa(nn.Module):
         in order, and "left_out" counts those that came too late.
       expert: what an expert is, see `tokenlab.layers.experts.bank`; None for an MLP of hidden width 4 D.
       same_init: all experts of a modality begin alike.
-      transport: "bfloat16" rounds tokens and results on their way; None keeps their dtype.
+      transport: "bfloat16" rounds tokens and results on their way to experts that choose; None keeps their dtype. The
+        one expert of a modality is on every device, so its tokens go nowhere and are not rounded; where nobody chooses
+        it must be None.
     """
 
     text: int = 0
@@ -139,6 +141,10 @@ class MoMa(nn.Module):
     def stochastic(self) -> bool:
         """Draws at random in training."""
         return self.noise > 0 and self.routed
+
+    def together(self, *, train: bool) -> int:
+        """Examples whose tokens are ranked together, in training or outside it; a batch must be a multiple."""
+        return self.sequences if train or not self.causal else 1
 
     def experts_per_token(self, tokens: int) -> float:
         """Experts computed in training for each token, places that stay empty included: sum of E_m C_m over N."""
@@ -206,6 +212,11 @@ class MoMa(nn.Module):
             )
         route.check_word("moma: decide", self.decide, ("auxiliary", "topk"))
         banks.check_transport("moma", self.transport)
+        if self.transport and not self.routed:
+            raise ConfigError(
+                f"moma: transport is {self.transport!r}, and where nobody chooses no token "
+                "travels: leave it out."
+            )
 
     # ------------------------------------------------------------------------------------------ the method
 
@@ -257,11 +268,12 @@ class MoMa(nn.Module):
     ) -> tuple[Array, Aux]:
         """Every expert takes the tokens of its group that it rates best."""
         shape = x.shape
-        if shape[0] % self.sequences:
+        sequences = 1 if self.is_initializing() else self.sequences  # parameters are made with one example
+        if shape[0] % sequences:
             raise ShapeError(
-                f"moma: sequences={self.sequences} examples are ranked together; a batch of {shape[0]} is no multiple."
+                f"moma: sequences={sequences} examples are ranked together; a batch of {shape[0]} is no multiple."
             )
-        together = (shape[0] // self.sequences, self.sequences * shape[1])
+        together = (shape[0] // sequences, sequences * shape[1])
         x, modality = x.reshape(*together, -1), modality.reshape(together)
         valid = None if valid is None else valid.reshape(together)
         tokens = x.shape[1]
