@@ -60,6 +60,15 @@ def test_the_solver_takes_the_nearest(scheduled: Experiment) -> None:
     assert [spending.steps(amount) for amount in (0.2, 1.4, 1.6, 10.4)] == [1, 1, 2, 10]
 
 
+def test_spending_counts_steps_that_alternate() -> None:
+    arm = scheduled_as("every 10: 1.0 else 0.5")
+    spending = budget.Spending(arm, "layer_tokens")
+    dense, sparse = 8 * 2 * 5, 8 * 2 * 3
+    assert spending(25) == 3 * dense + 22 * sparse
+    assert spending(10**9) == 10**8 * dense + 9 * 10**8 * sparse
+    assert budget.pieces(arm) == {"k=1.0": 0, "k=0.5": 1}
+
+
 def test_a_budget_too_small_names_the_arm_and_the_least(scheduled: Experiment) -> None:
     spending = budget.Spending(scheduled, "flops")
     with pytest.raises(
@@ -73,7 +82,15 @@ def test_a_budget_too_small_names_the_arm_and_the_least(scheduled: Experiment) -
         budget.solve("keep", seconds, "seconds", 1.5)
 
 
-@pytest.mark.parametrize("k", ["0:0.25, 33.3%:1.0, 66.6%:0.25", "0:1.0, 30%:0.25, 60%:1.0", "0:0.5, 50%:1.0"])
+@pytest.mark.parametrize(
+    "k",
+    [
+        "0:0.25, 33.3%:1.0, 66.6%:0.25",
+        "0:1.0, 30%:0.25, 60%:1.0",
+        "0:0.5, 50%:1.0",
+        "0:every 4: 1.0 else 0.5, 40%:0.25",
+    ],
+)
 @pytest.mark.parametrize("kind", ["flops", "seconds"])
 def test_the_least_amount_is_enough(k: str, kind: str) -> None:
     arm = scheduled_as(k)

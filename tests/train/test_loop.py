@@ -271,6 +271,15 @@ def test_numbers_in_the_stack_follow_their_schedule(small: None, tmp_path: Path)
     assert result["flops"] == 8 * whole + 4 * half
 
 
+def test_numbers_that_alternate_are_compiled_once_each(small: None, tmp_path: Path) -> None:
+    changes = {"steps": 12, "stack_vars.k": "every 5: 1.0 else 0.5"}
+    result = loop.run(config(**changes), tmp_path)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    flops = facts["train_flops_per_step"]
+    assert set(flops) == {"k=1.0", "k=0.5"}
+    assert result["flops"] == 3 * flops["k=1.0"] + 9 * flops["k=0.5"]
+
+
 def test_resuming_inside_a_schedule_of_the_stack(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,3 +168,71 @@ def test_wrong_stack_vars(value: object) -> None:
 def test_schedule_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ScheduleConfig().name = "linear"  # type: ignore[misc]
+
+
+PERIODIC = [
+    {"k": "every 10: 1 else 0"},
+    {"k": "0:0.5, 7:every 3: 1 else 0, 25:every 2: 1 else 4", "n": 3},
+    {"k": "every 4: 1 else 0", "n": "0:every 6: 0.5 else 1.0, 50%:0.25"},
+    {"k": "every 2: 1 else 0", "n": "every 4: 1 else 0", "m": "every 6: 1 else 0"},
+]
+
+
+@pytest.mark.parametrize("given", PERIODIC)
+@pytest.mark.parametrize("total", [1, 7, 8, 60])
+def test_what_is_counted_is_what_is_met(given: dict, total: int) -> None:
+    variables = schedule.stack_vars(given, total)
+    walked = [variables.at(step) for step in range(total)]
+    keys = [schedule.values_key(values) for values in walked]
+    counted = variables.counts(total)
+    assert [schedule.values_key(found.values) for found in counted] == list(dict.fromkeys(keys))
+    for found in counted:
+        key = schedule.values_key(found.values)
+        assert (found.first, found.count) == (keys.index(key), keys.count(key))
+    alternations = [step for step in range(1, total) if keys[step] != keys[step - 1]]
+    assert set(alternations) <= set(variables.alternations(0, total))
+    for start in (5, 26):
+        inside = [step for step in variables.alternations(0, total) if step > start]
+        assert list(variables.alternations(start, total)) == inside == sorted(set(inside))
+
+
+def test_every_counts_from_step_0_of_the_run() -> None:
+    variables = schedule.stack_vars({"k": "0:2, 5:every 10: 1 else 0"}, 40)
+    assert [step for step in range(40) if variables.at(step)["k"] == 1] == [10, 20, 30]
+    assert variables.changes(40) == [0, 5]
+    assert list(variables.alternations(0, 40)) == [5, 10, 11, 20, 21, 30, 31]
+    assert variables.usual(0) == {"k": 2} and variables.usual(20) == {"k": 0}
+    first = schedule.stack_vars({"k": "every 10: 1 else 0"}, 40)
+    assert first.at(0) == {"k": 1} and first.at(1) == {"k": 0}
+
+
+def test_a_long_run_with_a_period_is_counted_not_walked() -> None:
+    variables = schedule.stack_vars({"k": "0:every 10: 1 else 0, 50%:every 7: 1 else 0"}, 10**12)
+    on, off = variables.counts(10**12)
+    assert on.count + off.count == 10**12
+    assert on.count == 5 * 10**10 + (10**12 - 1) // 7 - (5 * 10**11 - 1) // 7
+    assert variables.changes(10**12) == [0, 5 * 10**11]
+    assert next(variables.alternations(10**11 + 3, 10**12)) == 10**11 + 10
+
+
+def test_a_period_does_not_scale_with_the_run() -> None:
+    shares = schedule.in_shares({"k": "0:2, 20:every 10: 1 else 0", "n": "every 3: 1 else 0"}, 40)
+    assert shares == {"k": "0:2, 50.000000000%:every 10: 1 else 0", "n": "0:every 3: 1 else 0"}
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("every 1: 1 else 0", "a period of 1: expected at least 2 steps"),
+        ("every 10: 1", "'every 10: 1' is not \"every STEPS: VALUE else VALUE\""),
+        ("0:1, 5:every x: 1 else 0", "'every x: 1 else 0'"),
+        ("every 10: a else 0", "'a' is not a finite number"),
+        ("every 10: 1 else inf", "'inf' is not a finite number"),
+        ("every", "'every'"),
+        ("5:every 10: 1 else 0", "its steps must begin at 0"),
+    ],
+)
+def test_wrong_periods_name_the_part(value: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.stack_vars\.k") as caught:
+        schedule.stack_vars({"k": value}, 40)
+    assert part in str(caught.value) and "\n" not in str(caught.value)

@@ -76,8 +76,8 @@ def complete(experiment: Experiment) -> Experiment:
 
 def pieces(experiment: Experiment) -> dict[str, int]:
     """Each set of numbers in the stack, by its key, and the first step that has it."""
-    starts = experiment.stack_vars.changes(experiment.config.steps)
-    return {experiment.values(at): at for at in reversed(starts)}
+    found = experiment.stack_vars.counts(experiment.config.steps)
+    return {schedule.values_key(segment.values): segment.first for segment in found}
 
 
 class Spending:
@@ -112,10 +112,9 @@ class Spending:
     def __call__(self, steps: int) -> float:
         """Spent after `steps` steps of a run of as many."""
         variables = schedule.stack_vars(self._experiment.config.stack_vars, steps)
-        starts = [*variables.changes(steps), steps]
         return sum(
-            self._rate(schedule.values_key(variables.at(first))) * (last - first)
-            for first, last in zip(starts, starts[1:], strict=False)
+            self._rate(schedule.values_key(segment.values)) * segment.count
+            for segment in variables.counts(steps)
         )
 
     def _cost(self, arm: Experiment, key: str) -> Cost:
@@ -146,12 +145,16 @@ class Spending:
         """The most by which spending rises from some number of steps to the next.
 
         Each change of a schedule then comes a step later or does not. With r_i spent by a step of piece i of p, that
-        is at most r_p + sum_i max(0, r_i - r_(i+1)): the dearest piece's, where the pieces only rise or only fall.
+        is at most r_p + sum_i max(0, r_i - r_(i+1)): the dearest piece's, where the pieces only rise or only fall. Of
+        a piece whose values alternate, r is its dearest step's before the minus and its cheapest one's behind it.
         """
         variables = schedule.stack_vars(self._experiment.config.stack_vars, ENOUGH)
-        rates = [self._rate(schedule.values_key(variables.at(at))) for at in variables.changes(ENOUGH)]
-        falls = (max(0, rate - later) for rate, later in zip(rates, rates[1:], strict=False))
-        return rates[-1] + sum(falls)
+        rates = [
+            [self._rate(schedule.values_key(segment.values)) for segment in segments]
+            for segments in variables.segments(ENOUGH)
+        ]
+        falls = (max(0, max(piece) - min(later)) for piece, later in zip(rates, rates[1:], strict=False))
+        return max(rates[-1]) + sum(falls)
 
 
 def layer_tokens(experiment: Experiment, at: int) -> int:

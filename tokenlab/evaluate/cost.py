@@ -56,7 +56,8 @@ def cost_report(
 ) -> CostReport:
     """What a configuration costs per example, forward and in training, layer by layer; nothing is trained.
 
-    Numbers in the stack that change during training (`config.stack_vars` schedules) count as in the last step.
+    Numbers in the stack that change during training (`config.stack_vars` schedules) count as in the last step, and
+    those that alternate as in most steps.
 
     Args:
       config: of a run.
@@ -71,7 +72,7 @@ def cost_report(
     peaks = None if chip is None else peaks_of(chip, dtype)
     task, source = tasks.build(config.task), data.build(config.data)
     facts = {"spec": source.spec, "num_outputs": task.num_outputs(source)}
-    values = schedule.stack_vars(config.stack_vars, config.steps).at(config.steps - 1)
+    values = schedule.stack_vars(config.stack_vars, config.steps).usual(config.steps - 1)
     model = models.build(config.model, stack_vars=values, **facts)
     title, beside = (
         f"{model.stack_text or config.model.get('name')}: cost of one example of {source.name}",

@@ -59,13 +59,14 @@ class Settings:
     def stack_vars(self, step: int) -> list[dict[str, int | float]]:
         """For each stack, the numbers that names in it stand for after `step` steps of training.
 
-        A schedule holds as it did in the last step. Variables of the training run that a stack does not name are
-        left out; one that was given for this evaluation and that no stack names is left in, and so told.
+        A schedule holds as it did in the last step, and what alternates has the value of most steps. Variables of the
+        training run that a stack does not name are left out; one that was given for this evaluation and that no stack
+        names is left in, and so told.
 
         Raises:
           StackError: a stack is not of the grammar.
         """
-        values = schedule.stack_vars(self.config.stack_vars, self.config.steps).at(max(step - 1, 0))
+        values = schedule.stack_vars(self.config.stack_vars, self.config.steps).usual(max(step - 1, 0))
         used = [frozenset() if stack is None else parse(stack, values).used for stack in self.stacks]
         unused = self.overridden.difference(*used)
         return [{name: value for name, value in values.items() if name in names | unused} for names in used]

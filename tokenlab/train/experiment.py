@@ -110,8 +110,11 @@ class Experiment:
         return self.models[self.values(0)]
 
     def eval_model(self, at: int) -> Any:
-        """The model that evaluation uses after `at` steps: `config.eval.stack`, or the stack of the last step."""
-        values = self.stack_vars.at(max(at - 1, 0))
+        """The model that evaluation uses after `at` steps: `config.eval.stack`, or the stack of the last step.
+
+        Numbers that alternate have the value of most steps.
+        """
+        values = self.stack_vars.usual(max(at - 1, 0))
         key = schedule.values_key(values)
         if key not in self._eval_models:
             self._eval_models[key] = _eval_model(self.config, self.task, self.source, values)

@@ -76,7 +76,7 @@ def run(
     begun = time.perf_counter()
     experiment = experiments.build(config) if experiment is None else experiment
     if profile:
-        window(0, experiment.config.steps, experiment.stack_vars.changes(experiment.config.steps))
+        window(0, experiment.config.steps, experiment.stack_vars.alternations(0, experiment.config.steps))
     draws = _sampler(experiment, Path(workdir), sampler)
     loaded: Mapping[str, Any] = {}
     if not _has_checkpoint(Path(workdir)):
@@ -206,16 +206,15 @@ class Trainer:
     def train(self, profiler: Profiler) -> dict[str, Any]:
         """Runs the steps that are left; see `run` for what it returns and raises."""
         config, experiment = self.config, self.experiment
-        changes = {self.step, *experiment.stack_vars.changes(config.steps)}
         if self.step < config.steps:
+            changes = experiment.stack_vars.alternations(self.step, config.steps)
             profiler.plan(self.step, config.steps, changes)
         tokens = experiment.tokens_per_step
         in_flight: deque[jax.Array] = deque()
         guard = jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
         with experiment.batches(self.step) as batches, guard, self.stopwatch.running():
             for batch in self._waiting(batches, in_flight):
-                if self.step in changes:
-                    train_step, flops = self._prepare(batch)
+                train_step, flops = self._prepare(batch)
                 profiler.before(self.step, in_flight)
                 self.state, report = train_step(self.state, batch)
                 self.step += 1
@@ -268,7 +267,7 @@ class Trainer:
         }
 
     def _prepare(self, batch: Mapping[str, jax.Array]) -> tuple[Callable[..., Any], int]:
-        """The compiled step for the numbers in the stack from here on, and the model FLOPs of one such step."""
+        """The compiled step for the numbers in the stack at this step, and its model FLOPs."""
         key = self.experiment.values(self.step)
         if key not in self._prepared:
             with self.stopwatch.paused():

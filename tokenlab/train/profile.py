@@ -11,6 +11,7 @@ up: block_00 to block_11 are one line, block_*.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 from collections import Counter
@@ -190,13 +191,13 @@ def window(start: int, stop: int, changes: Iterable[int]) -> range:
 
     Args:
       start, stop: steps done already, and of the whole run.
-      changes: steps at which another program takes over.
+      changes: steps at which another program takes over, ascending; no more of them are asked for than it takes.
 
     Raises:
       ConfigError: there are not enough.
     """
-    starts = sorted({start, *(change for change in changes if start < change < stop)})
-    for first, end in zip(starts, [*starts[1:], stop], strict=True):
+    inside = (change for change in changes if start < change < stop)
+    for first, end in itertools.pairwise(itertools.chain([start], inside, [stop])):
         if end - first >= WARMUP + STEPS:
             return range(first + WARMUP, first + WARMUP + STEPS)
     raise ConfigError(

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
+import heapq
+import itertools
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
+from tokenlab.train import pieces as texts
 from tokenlab.train.config import ScheduleConfig
-
-_START = re.compile(r"(?P<step>\d+)|(?P<share>\d+(\.\d+)?)%")
+from tokenlab.train.pieces import Every, Number, Piece, steps_of
 
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
-
-
-def steps_of(amount: int | float, total: int) -> int:
-    """An int as it is, a float in [0, 1) as that fraction of `total` steps, rounded to nearest (ties up)."""
-    return amount if isinstance(amount, int) else math.floor(amount * total + 0.5)
 
 
 def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
@@ -127,41 +124,130 @@ def describe(config: ScheduleConfig, peak: float, total: int) -> str:
     return text + (f", the first {warmup} of them warm-up" if warmup else "")
 
 
+class Segment(NamedTuple):
+    """A stretch of steps with the same pieces, and a set of values in it.
+
+    Attributes:
+        values: name -> number.
+        first: the first step that has them.
+        count: how many steps of the stretch have them.
+    """
+
+    values: dict[str, Number]
+    first: int
+    count: int
+
+
 @dataclass(frozen=True)
 class StackVars:
     """The numbers that names in a stack stand for, as a pure function of the step.
 
+    What is asked of a whole run (`changes`, `counts`, `distinct`) costs as much as there are pieces, however long the
+    run is: periodic pieces are counted, not walked through.
+
     Attributes:
-        pieces: for each name its ((first step, value), ...), the first steps ascending from 0.
+        pieces: for each name its ((first step, number or `Every`), ...), the first steps ascending from 0.
     """
 
-    pieces: tuple[tuple[str, tuple[tuple[int, int | float], ...]], ...]
+    pieces: tuple[tuple[str, tuple[Piece, ...]], ...]
 
-    def at(self, step: int) -> dict[str, int | float]:
+    def at(self, step: int) -> dict[str, Number]:
         """The values that train step `step` (steps already done, >= 0) is built with."""
-        return {name: [value for start, value in pieces if start <= step][-1] for name, pieces in self.pieces}
+        rules = self._rules(step)
+        return {name: rule.at(step) if isinstance(rule, Every) else rule for name, rule in rules.items()}
+
+    def usual(self, step: int) -> dict[str, Number]:
+        """`at(step)`, and of what is periodic the value of most steps: what stands after "else".
+
+        Evaluation uses it, so that it does not depend on whether the step before it was a tenth one.
+        """
+        rules = self._rules(step)
+        return {name: rule.other if isinstance(rule, Every) else rule for name, rule in rules.items()}
+
+    def _rules(self, step: int) -> dict[str, Number | Every]:
+        return {
+            name: pieces[bisect.bisect_right(pieces, step, key=lambda piece: piece[0]) - 1][1]
+            for name, pieces in self.pieces
+        }
 
     def changes(self, total: int) -> list[int]:
-        """The steps below `total` at which some value changes, with 0, ascending."""
+        """The steps below `total` at which some name has another piece, with 0, ascending.
+
+        Inside a periodic piece values change without another piece: see `alternations`.
+        """
         starts = {0} | {start for _, pieces in self.pieces for start, _ in pieces}
         return sorted(start for start in starts if start < total)
 
-    def distinct(self, total: int) -> list[dict[str, int | float]]:
-        """Every set of values met in `total` steps, in order of first use: one compiled step for each."""
-        found: list[dict[str, int | float]] = []
-        for step in self.changes(total):
-            values = self.at(step)
-            if not any(_same(values, other) for other in found):
-                found.append(values)
+    def alternations(self, start: int, stop: int) -> Iterator[int]:
+        """The steps s, start < s < stop, at which values differ from those of step s - 1, ascending, one by one."""
+        bounds = [*self.changes(stop), stop]
+        for first, last in itertools.pairwise(bounds):
+            periods = {rule.period for rule in self._rules(first).values() if isinstance(rule, Every)}
+            if start < first:
+                yield first
+            near = max(first, start) + 1
+            edges = [  # where it begins and where it is over, of each period
+                range(near + (offset - near) % period, last, period)
+                for period in periods
+                for offset in (0, 1)
+            ]
+            for step, _ in itertools.groupby(heapq.merge(*edges)):
+                yield step
+
+    def segments(self, total: int) -> list[list[Segment]]:
+        """For each of `changes(total)` the sets of values up to the next one, in order of first use."""
+        bounds = [*self.changes(total), total]
+        return [self._between(first, last) for first, last in itertools.pairwise(bounds)]
+
+    def _between(self, first: int, last: int) -> list[Segment]:
+        """The sets of values of steps first <= s < last, where all pieces are the same."""
+        rules = self._rules(first)
+        periods = sorted({rule.period for rule in rules.values() if isinstance(rule, Every)})
+        groups = [
+            group for size in range(len(periods) + 1) for group in itertools.combinations(periods, size)
+        ]
+        # Steps that the periods of a group divide, others allowed; then, largest groups first, only those of the group.
+        counts = {group: _multiples(math.lcm(*group), first, last) for group in groups}
+        for group in reversed(groups):
+            counts[group] -= sum(counts[other] for other in groups if set(other) > set(group))
+        found = []
+        for group in groups:
+            if counts[group]:
+                stride = math.lcm(*group)
+                step = first + -first % stride
+                while any(step % period == 0 for period in periods if period not in group):
+                    step += stride
+                found.append(Segment(self.at(step), step, counts[group]))
+        return sorted(found, key=lambda segment: segment.first)
+
+    def counts(self, total: int) -> list[Segment]:
+        """Every set of values met in `total` steps, with the number of its steps, in order of first use."""
+        found: list[Segment] = []
+        for segment in itertools.chain.from_iterable(self.segments(total)):
+            for place, other in enumerate(found):
+                if _same(segment.values, other.values):
+                    found[place] = other._replace(count=other.count + segment.count)
+                    break
+            else:
+                found.append(segment)
         return found
 
+    def distinct(self, total: int) -> list[dict[str, Number]]:
+        """Every set of values met in `total` steps, in order of first use: one compiled step for each."""
+        return [segment.values for segment in self.counts(total)]
 
-def _same(left: dict[str, int | float], right: dict[str, int | float]) -> bool:
+
+def _multiples(period: int, first: int, last: int) -> int:
+    """How many multiples of `period` there are from `first` to below `last`."""
+    return (last - 1) // period - (first - 1) // period
+
+
+def _same(left: dict[str, Number], right: dict[str, Number]) -> bool:
     # 1 and 1.0 are equal in Python, but one is a count and the other a fraction.
     return all(left[name] == right[name] and type(left[name]) is type(right[name]) for name in left)
 
 
-def values_key(values: Mapping[str, int | float]) -> str:
+def values_key(values: Mapping[str, Number]) -> str:
     """A dictionary key for a set of values ("k=0.5, n=4"); a count 1 and a fraction 1.0 differ."""
     return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
 
@@ -173,6 +259,9 @@ def stack_vars(config: Mapping[str, Any], total: int) -> StackVars:
     as in `steps_of`; the first step is 0 and steps ascend. A value that is an int is a count and a float a fraction,
     as in the stack itself.
 
+    In the place of a value may stand "every 10: 1 else 0": 1 at the steps that 10 divides, of the run and not of the
+    piece, 0 at the others. A schedule of that alone needs no "0:" before it.
+
     Args:
         config: name -> number or schedule.
         total: steps of the run.
@@ -180,64 +269,16 @@ def stack_vars(config: Mapping[str, Any], total: int) -> StackVars:
     Raises:
         ConfigError: a value that is neither, naming the entry.
     """
-    return StackVars(tuple((name, _pieces(name, value, total)) for name, value in config.items()))
-
-
-def _pieces(name: str, value: Any, total: int) -> tuple[tuple[int, int | float], ...]:
-    where = f"config.stack_vars.{name} is {value!r}"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return ((0, value),)
-    if not isinstance(value, str):
-        raise ConfigError(f'{where}: expected a number or a schedule such as "0:1.0, 1000:0.5".')
-    pieces: list[tuple[int, int | float]] = []
-    for part in value.split(","):
-        start, colon, number = part.partition(":")
-        found = _START.fullmatch(start.strip())
-        if not colon or not found or (found["share"] and float(found["share"]) > 100):
-            expected = '"step:value" or "percentage:value", as in "0:1.0, 50%:0.5"'
-            raise ConfigError(f"{where}: {part.strip()!r} is not {expected}.")
-        first = steps_of(float(found["share"]) / 100, total) if found["share"] else int(found["step"])
-        if found["share"] and pieces and pieces[-1][0] == first:
-            pieces.pop()  # the run is so short that the piece before has no step of its own
-        pieces.append((first, _literal(number.strip(), where)))
-    starts = [start for start, _ in pieces]
-    if starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
-        raise ConfigError(f"{where}: its steps must begin at 0 and ascend, got {starts}.")
-    return tuple(pieces)
+    return StackVars(tuple((name, texts.read(name, value, total)) for name, value in config.items()))
 
 
 def in_shares(config: Mapping[str, Any], total: int) -> dict[str, Any]:
     """`config.stack_vars` with every change at a share of the run instead of a step, so that it scales with the run.
 
-    What is a share already stays as it is; a change at a step that the run does not reach is left out.
+    What is a share already stays as it is, and so does a period, which is no length of the run; a change at a step that
+    the run does not reach is left out.
 
     Raises:
         ConfigError: as `stack_vars`.
     """
-    found = {}
-    for name, value in config.items():
-        _pieces(name, value, total)  # checks it
-        found[name] = _in_shares(value, total) if isinstance(value, str) else value
-    return found
-
-
-def _in_shares(pieces: str, total: int) -> str:
-    found = []
-    for piece in pieces.split(","):
-        start, _, number = (part.strip() for part in piece.partition(":"))
-        if start.endswith("%") or int(start) == 0:
-            found.append(f"{start}:{number}")
-        elif int(start) < total:
-            found.append(f"{100 * int(start) / total:.9f}%:{number}")
-    return ", ".join(found)
-
-
-def _literal(text: str, where: str) -> int | float:
-    for kind in (int, float):
-        try:
-            number = kind(text)
-        except ValueError:
-            continue
-        if math.isfinite(number):
-            return number
-    raise ConfigError(f"{where}: {text!r} is not a finite number.")
+    return {name: texts.in_shares(name, value, total) for name, value in config.items()}
