@@ -236,3 +236,57 @@ def test_wrong_periods_name_the_part(value: str, part: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.stack_vars\.k") as caught:
         schedule.stack_vars({"k": value}, 40)
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ramps_in_a_schedule_of_the_stack() -> None:
+    variables = schedule.stack_vars({"k": "linear(64, 256, until=70%, values=4)", "n": 3}, 100)
+    assert [(found.first, found.count, found.values["k"]) for found in variables.counts(100)] == [
+        (0, 24, 64),
+        (24, 23, 128),
+        (47, 23, 192),
+        (70, 30, 256),
+    ]
+    variables = schedule.stack_vars(
+        {"k": "0:1.0, 20:cosine(0.9, 0.5, values=3), 60:every 2: 1.0 else 0.25"}, 80
+    )
+    assert [variables.at(step)["k"] for step in (19, 20, 39, 40, 59, 60, 61)] == [
+        1.0,
+        0.9,
+        0.9,
+        0.7,
+        0.7,
+        1.0,
+        0.25,
+    ]
+    whole = schedule.stack_vars({"k": "0:2, 50%: linear(4, 6, until = 90%)"}, 100)
+    assert whole.changes(100) == [0, 50, 70, 90]
+
+
+def test_ramps_scale_with_the_run() -> None:
+    shares = schedule.in_shares({"k": "0:8, 10:linear(16, 64, until=60, multiple=16)"}, 100)
+    assert shares == {"k": "0:8, 10.000000000%:linear(16, 64, until=60.000000000%, multiple=16)"}
+    assert schedule.stack_vars(shares, 1000).changes(1000) == [0, 100, 267, 434, 600]
+    same = {"k": "linear(16, 64, until=60%, values=4)"}
+    assert schedule.in_shares(same, 100) == {"k": "0:linear(16, 64, until=60%, values=4)"}
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("liner(1, 4)", "'liner' is no shape. Did you mean 'linear'?"),
+        ("linear(1)", "expected two numbers first"),
+        ("linear(1, 2, 3)", "expected two numbers first"),
+        ("linear(1, x)", "'x' is not a finite number"),
+        ("linear(1, 4, steps=3)", "'steps' is no argument"),
+        ("linear(1, 4, values=3, values=3)", "'values' is given twice"),
+        ("linear(1, 4, values=x)", "values is 'x': expected a whole number"),
+        ("linear(1, 4, until=x)", "until is 'x': expected a step or a percentage"),
+        ("linear(0.5, 1.0)", "between fractions expected values=4"),
+        ("linear(4, 4)", "it goes from 4 to 4"),
+        ("0:1, 20:linear(4, 8, until=20)", "begins at step 20 and ends at 20"),
+    ],
+)
+def test_wrong_ramps_name_the_part(value: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.stack_vars\.k") as caught:
+        schedule.stack_vars({"k": value}, 40)
+    assert part in str(caught.value) and "\n" not in str(caught.value)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
+from tokenlab.core.ramp import Number
 from tokenlab.train import pieces as texts
 from tokenlab.train.config import ScheduleConfig
-from tokenlab.train.pieces import Every, Number, Piece, steps_of
+from tokenlab.train.pieces import Every, Piece, steps_of
 
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
 
@@ -260,7 +261,10 @@ def stack_vars(config: Mapping[str, Any], total: int) -> StackVars:
     as in the stack itself.
 
     In the place of a value may stand "every 10: 1 else 0": 1 at the steps that 10 divides, of the run and not of the
-    piece, 0 at the others. A schedule of that alone needs no "0:" before it.
+    piece, 0 at the others. Or a ramp (`tokenlab.core.ramp.Ramp`): "linear(64, 256, until=70%, values=4)" goes from 64
+    where the piece begins to 256 at 70 % of the run (left out: where the piece ends) in four values, evenly spaced, and
+    "linear(128, 2048, until=200000, multiple=16)" in multiples of 16; "cosine(...)" likewise. A schedule of one of
+    these alone needs no "0:" before it.
 
     Args:
         config: name -> number or schedule.
