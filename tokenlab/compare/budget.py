@@ -16,7 +16,6 @@ from ml_collections.config_dict import ConfigDict
 from tokenlab.core.config import override
 from tokenlab.core.errors import ConfigError
 from tokenlab.cost import Cost, pretty
-from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.train import experiment as experiments
 from tokenlab.train import schedule
 from tokenlab.train.experiment import Experiment
@@ -51,7 +50,7 @@ def scalable(config: ConfigDict) -> ConfigDict:
       ConfigError: a length of the learning rate's schedule is not below `config.steps`, so that it is no share.
     """
     changes: dict[str, Any] = {}
-    for key in ("warmup_steps", "decay_steps", "timescale"):
+    for key in ("warmup_steps", "decay_steps", "timescale", "end"):
         value = config.optimizer.schedule[key]
         if isinstance(value, int) and value:
             if value >= config.steps:
@@ -105,7 +104,7 @@ class Spending:
             "flops": lambda arm, key: self._cost(arm, key).model_flops,
             "flops_with_recompute": lambda arm, key: self._cost(arm, key).flops,
             "seconds": lambda arm, key: step_seconds[key],
-            "layer_tokens": lambda arm, key: layer_tokens(arm, pieces(arm)[key]),
+            "layer_tokens": lambda arm, key: arm.layer_tokens_per_step(pieces(arm)[key]),
         }[kind]
         self._rates: dict[str, float] = {}
 
@@ -155,13 +154,6 @@ class Spending:
         ]
         falls = (max(0, max(piece) - min(later)) for piece, later in zip(rates, rates[1:], strict=False))
         return max(rates[-1]) + sum(falls)
-
-
-def layer_tokens(experiment: Experiment, at: int) -> int:
-    """Tokens that enter blocks in train step `at`, summed over blocks and examples."""
-    steps = steps_of(experiment.models[experiment.values(at)])
-    present = sum(step.present for step in steps if isinstance(step, BlockStep))
-    return present * experiment.config.batch_size
 
 
 def solve(name: str, spending: Spending, kind: str, amount: float) -> int:

@@ -161,6 +161,10 @@ class Item:
         """Tokens a wrapper's body sees."""
         return self.count(present, protected)
 
+    def inside_protected(self, protected: int) -> int:
+        """Of `protected` tokens that are never dropped, how many a wrapper's body has at its head; all or none."""
+        return protected
+
     def inside_evaluated(self, present: int, protected: int) -> int:
         """The same in a model that is built for evaluation."""
         return self.inside(present, protected)

@@ -379,6 +379,7 @@ class _Builder:
         self.block, self.ffn_defaults = block, ffn_defaults
         self.width, self.protected, self.has_cls = width, protected, has_cls
         self.coordinates, self.train, self.kernel_std = coordinates, train, kernel_std
+        self.no_cls = "this model has none"
         self.blocks = 0
         self.numbers: dict[str, int] = {}  # items by name so far
         self.kinds: dict[Kind, list[Occurrence]] = {}
@@ -495,7 +496,7 @@ class _Builder:
                 "with, or make it train_only.",
             )
         if not self.has_cls and any(part.needs_cls for part in (item, *item.scores())):
-            self.stack.fail(call.span, f"{call.name} reads the CLS token, and this model has none.")
+            self.stack.fail(call.span, f"{call.name} reads the CLS token, and {self.no_cls}.")
         # Entered before its body, so that items are numbered in the order they are written.
         kind = self.add("items", call.name, None, item, lambda key: item.init(key, self.width))
         number = self.numbers[call.name] = self.numbers.get(call.name, -1) + 1
@@ -507,12 +508,21 @@ class _Builder:
             elif active:
                 inside = item.inside_prompt(present, self.protected, rows)
                 remembered = item.remembered(rows)
-            after = item.count(present, self.protected) if active and not item.wraps else present
+            after = item.count(present, self.protected) if active else present
         except TokenLabError as error:
             self.stack.fail(call.span, str(error))
         body: list[Step] = []
         if call.body is not None:
+            outside = self.protected, self.has_cls
+            if active:
+                self.protected = item.inside_protected(self.protected)
+                if self.has_cls and not self.protected:
+                    self.has_cls, self.no_cls = (
+                        False,
+                        f"inside {call.name} it is dropped like any other token",
+                    )
             body, out = self.level([call.body], inside, remembered)
+            self.protected, self.has_cls = outside
             if out != inside:
                 self.stack.fail(
                     call.span,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections.config_dict import ConfigDict
 
@@ -33,7 +33,8 @@ def _number(key: str, value: object, inside: bool, expected: str) -> None:
 class ScheduleConfig:
     """The learning rate over the run (`tokenlab.train.schedule` has the equations).
 
-    A number of steps is an int (that many steps) or a float in [0, 1) (that fraction of `config.steps`).
+    A number of steps is an int (that many steps) or a float in [0, 1) (that fraction of `config.steps`). With a clock
+    that counts tokens, "steps" are dense steps: the tokens that so many steps of the dense model compute.
 
     Attributes:
         name: constant, linear, cosine, rsqrt or wsd.
@@ -41,6 +42,11 @@ class ScheduleConfig:
         final: learning rate at the end as a fraction of the peak, in [0, 1] (linear, cosine and wsd).
         decay_steps: length of the last, falling part (wsd, None = 0.2; rsqrt, None = there is none).
         timescale: steps over which 1/sqrt falls (rsqrt only; None = `warmup_steps`).
+        clock: what the learning rate follows: "steps"; "layer_tokens", the tokens that entered blocks so far, which a
+            stack whose numbers change knows beforehand; "effective_tokens", their mean over blocks rounded down in each
+            step, as Megatron counts. See `tokenlab.train.token_clock`.
+        end: of the schedule by such a clock: so many dense steps, or that share, in (0, 1], of the dense run of
+            `config.steps`; None = where this run ends.
     """
 
     name: str = "cosine"
@@ -48,6 +54,8 @@ class ScheduleConfig:
     final: float = 0.0
     decay_steps: int | float | None = None
     timescale: int | float | None = None
+    clock: Literal["steps", "layer_tokens", "effective_tokens"] = "steps"
+    end: int | float | None = None
 
     def __post_init__(self) -> None:
         for key in ("warmup_steps", "decay_steps", "timescale"):
@@ -56,6 +64,13 @@ class ScheduleConfig:
                 expected = "a count of steps >= 0 (int) or a fraction of all steps in [0, 1) (float)"
                 key = f"optimizer.schedule.{key}"
                 _number(key, value, value >= 0 and (isinstance(value, int) or value < 1), expected)
+        clocks = ("steps", "layer_tokens", "effective_tokens")
+        _require(self.clock in clocks, "optimizer.schedule.clock", self.clock, f"one of {', '.join(clocks)}")
+        if self.end is not None:
+            expected = "dense steps >= 1 (int) or a share of the dense run in (0, 1] (float)"
+            inside = self.end >= 1 if isinstance(self.end, int) else 0 < self.end <= 1
+            _number("optimizer.schedule.end", self.end, inside, expected)
+            _require(self.clock != "steps", "optimizer.schedule.end", self.end, "None with clock='steps'")
         _number(
             "optimizer.schedule.final", self.final, 0 <= self.final <= 1, "a fraction of the peak in [0, 1]"
         )

@@ -25,7 +25,7 @@ from tokenlab.cost import flops
 from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import DEFAULT_RULES, path_of
-from tokenlab.train import costs, initialize, schedule, state, step
+from tokenlab.train import costs, initialize, schedule, state, step, token_clock
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.evaluation import Evaluated, Evaluator, place
@@ -264,6 +264,7 @@ class Experiment:
         return {
             "parameters": sum(math.prod(leaf.shape) for leaf in params),
             "stack": self.model.stack_text,
+            **self._planned(),
             "eval_stack": self.eval_model(0).stack_text,
             "tokens_per_example": self.model.tokens_per_example,
             "grid": list(getattr(self.model, "grid", ())) or None,
@@ -273,6 +274,27 @@ class Experiment:
                 self.model, self.task, self.source.spec, only=self.optimizer.only
             ).to_json(),
         }
+
+    def _planned(self) -> dict[str, Any]:
+        """Of a model with a stack: tokens that will enter its blocks, and steps with each set of numbers in it."""
+        steps = self.config.steps
+        if not (whole := self.layer_tokens(steps)):
+            return {}
+        dense = self.config.batch_size * self.model.program.present * self.model.program.depth * steps
+        found = {"layer_tokens": whole, "layer_tokens_dense": dense}
+        if self.stack_vars.pieces:
+            counts = self.stack_vars.counts(steps)
+            found["steps_by_stack_vars"] = {schedule.values_key(one.values): one.count for one in counts}
+        return found
+
+    def layer_tokens_per_step(self, at: int) -> int:
+        """Tokens that enter blocks in train step `at`, summed over blocks and examples."""
+        return self.config.batch_size * token_clock.tokens_in_layers(self.models[self.values(at)])
+
+    def layer_tokens(self, steps: int) -> int:
+        """The same of the first `steps` steps of the run together."""
+        found = self.stack_vars.counts(steps) if steps else []
+        return sum(segment.count * self.layer_tokens_per_step(segment.first) for segment in found)
 
     @property
     def tokens_per_step(self) -> int:
@@ -294,7 +316,8 @@ def build(
     """
     config = to_dataclass(TrainConfig, config)
     task = tasks.build(config.task)
-    optimizer = optimizers.build(config.optimizer, config.steps)
+    by_tokens = config.optimizer.schedule.clock != "steps"
+    optimizer = None if by_tokens else optimizers.build(config.optimizer, config.steps)
     variables = schedule.stack_vars(config.stack_vars, config.steps)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     source = data.build(config.data) if source is None else source
@@ -307,6 +330,9 @@ def build(
         schedule.values_key(values): _model(config, task, source, values)
         for values in variables.distinct(config.steps)
     }
+    if optimizer is None:
+        clock = token_clock.build(config.optimizer.schedule.clock, variables, built, config.steps)
+        optimizer = optimizers.build(config.optimizer, config.steps, clock)
     experiment = Experiment(config, source, stream, task, mesh, optimizer, variables, built, metric_names=())
     batch = experiment.batch_shapes
     for model in built.values():

@@ -64,9 +64,9 @@ def run(
             experiment and the workdir; it raises what makes that impossible, and is not called where that is 0.
 
     Returns:
-        "step", "flops", "tokens", "seconds" and "data_seconds" (of these, with no step to do for want of batches) of
-        the run, and under the name of each split its last record: "train", `config.eval.split` and
-        `config.eval.final_split`.
+        "step", "flops", "tokens", "layer_tokens" (of a model with a stack), "seconds" and "data_seconds" (of these,
+        with no step to do for want of batches) of the run, and under the name of each split its last record: "train",
+        `config.eval.split` and `config.eval.final_split`.
 
     Raises:
         TokenLabError: what is wrong, in one line. Whatever can be known before training is said before the workdir is
@@ -262,9 +262,15 @@ class Trainer:
             "step": self.step,
             "flops": self.flops,
             "tokens": self.tokens,
+            **self._layer_tokens(),
             "seconds": self.stopwatch.seconds,
             "data_seconds": self.waited,
         }
+
+    def _layer_tokens(self) -> dict[str, int]:
+        """Tokens that entered blocks so far, a function of the step alone; nothing for a model without a stack."""
+        done = self.experiment.layer_tokens(self.step)
+        return {"layer_tokens": done} if done else {}
 
     def _prepare(self, batch: Mapping[str, jax.Array]) -> tuple[Callable[..., Any], int]:
         """The compiled step for the numbers in the stack at this step, and its model FLOPs."""
@@ -277,6 +283,8 @@ class Trainer:
                 self._facts["compile_seconds"][key] = found.seconds
                 self._facts["train_flops_per_step"][key] = found.flops
                 self._facts["peak_bytes"][key] = found.peak_bytes
+                seconds = self._facts["compile_seconds"].values()
+                self._facts["compilations"] = {"count": len(seconds), "seconds": sum(seconds)}
                 self._facts.setdefault("seconds_to_first_step", time.perf_counter() - self._begun)
                 self.folder.update_run(self._facts)
             what = f"train step {len(self._prepared)}{f' for {key}' if key else ''}"

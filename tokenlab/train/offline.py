@@ -14,7 +14,7 @@ from tokenlab import models, tasks
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import DEFAULT_RULES
 from tokenlab.train import optimizer as optimizers
-from tokenlab.train import schedule
+from tokenlab.train import schedule, token_clock
 from tokenlab.train import state as states
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.costs import Spec, batch_shapes
@@ -65,7 +65,8 @@ def compile_step(
         settings["execution"] = "scan"
     first = schedule.stack_vars(config.stack_vars, config.steps).at(0)
     model = models.build(settings, spec=spec, num_outputs=num_outputs, stack_vars=first)
-    task, optimizer = tasks.build(config.task), optimizers.build(config.optimizer, config.steps)
+    task = tasks.build(config.task)
+    optimizer = optimizers.build(config.optimizer, config.steps, _clock(config, settings, spec, num_outputs))
     batch = batch_shapes(spec, config.batch_size)
     names = metric_names(model, task, model.abstract_state(), batch)
     shapes = jax.eval_shape(lambda: states.create(model, optimizer, names, config.seed))
@@ -81,3 +82,20 @@ def compile_step(
     return Offline(
         compiled, made, seconds, int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
     )
+
+
+def _clock(
+    config: TrainConfig, settings: Mapping[str, Any], spec: Mapping[str, Any], num_outputs: int
+) -> schedule.Clock | None:
+    """The clock of the learning rate; the models that it needs are built and not compiled."""
+    name = config.optimizer.schedule.clock
+    if name == "steps":
+        return None
+    variables = schedule.stack_vars(config.stack_vars, config.steps)
+    built = {
+        schedule.values_key(values): models.build(
+            settings, spec=spec, num_outputs=num_outputs, stack_vars=values
+        )
+        for values in variables.distinct(config.steps)
+    }
+    return token_clock.build(name, variables, built, config.steps)

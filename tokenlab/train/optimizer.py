@@ -222,12 +222,14 @@ class Optimizer:
         return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
 
 
-def build(config: OptimizerConfig, steps: int) -> Optimizer:
+def build(config: OptimizerConfig, steps: int, clock: schedules.Clock | None = None) -> Optimizer:
     """The optimizer that the configuration names, for a run of `steps` steps.
 
     Weight decay goes to the factory where it takes a decay with a mask (adamw, lion, lamb, lars, ...); behind any
     other (sgd, adam, adafactor, ...) the decoupled decay is added, so that it means the same everywhere: each step
     takes learning_rate * weight_decay of a kernel away.
+
+    `clock` is what `config.schedule.clock` names, from `tokenlab.train.token_clock.build`; None for "steps".
 
     Raises:
         NameLookupError: optax has no such optimizer.
@@ -253,7 +255,7 @@ def build(config: OptimizerConfig, steps: int) -> Optimizer:
             raise ConfigError(
                 f"config.optimizer.options has {option!r}, which optax.{config.name} does not take.{hint}"
             )
-    schedule = schedules.build(config.schedule, config.learning_rate, steps)
+    schedule = schedules.build(config.schedule, config.learning_rate, steps, clock)
     options = dict(config.options)
     mask = next((name for name in ("mask", "weight_decay_mask") if name in accepted), None)
     takes = mask is not None and "weight_decay" in accepted
@@ -279,7 +281,7 @@ def build(config: OptimizerConfig, steps: int) -> Optimizer:
             return jax.tree.map(lambda own: "trained" if own else "still", own)
 
         transform = optax.multi_transform({"trained": transform, "still": optax.set_to_zero()}, labels)
-    parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps)]
+    parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps, clock)]
     parts += [f"weight decay {config.weight_decay:g}"] if config.weight_decay else []
     parts += [f"{decay:g} of {path}" for path, decay in config.decays.items()]
     parts += [f"only {', '.join(config.only)}"] if config.only else []

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import optax
@@ -19,10 +19,44 @@ from tokenlab.train import pieces as texts
 from tokenlab.train.config import ScheduleConfig
 from tokenlab.train.pieces import Every, Piece, steps_of
 
+_TOLD = {"layer_tokens": "layer tokens", "effective_tokens": "effective tokens"}
+
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
 
 
-def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
+class Clock(Protocol):
+    """What the learning rate follows in place of steps, see `tokenlab.train.token_clock`.
+
+    Attributes:
+        total: time at the end of the run, in dense steps.
+    """
+
+    total: float
+
+    def __call__(self, step: Any) -> Any:
+        """Time after so many train steps, in dense steps: f32 scalar."""
+        ...
+
+
+def length(config: ScheduleConfig, total: int, clock: Clock | None) -> int | float:
+    """The time at which the schedule ends, in steps; with a token clock in dense steps.
+
+    Raises:
+        ConfigError: the configuration wants a clock that counts tokens and there is none, or the other way round.
+    """
+    if (clock is None) is not (config.clock == "steps"):
+        raise ConfigError(
+            f"config.optimizer.schedule.clock is {config.clock!r}, and the optimizer was built "
+            f"{'without' if clock is None else 'with'} a clock of tokens; see tokenlab.train.token_clock.build."
+        )
+    if clock is None:
+        return total
+    if config.end is None:
+        return clock.total
+    return config.end if isinstance(config.end, int) else config.end * total
+
+
+def build(config: ScheduleConfig, peak: float, total: int, clock: Clock | None = None) -> optax.Schedule:
     """The learning rate as a function of the number of steps already done.
 
     With W warm-up steps, T = `total`, t = step and u = (t - W) / (T - W), after the warm-up peak * t / W:
@@ -37,6 +71,8 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
         config: name and arguments.
         peak: largest learning rate, > 0.
         total: steps of the run, >= 1; linear, cosine and wsd reach their end there.
+        clock: where `config.clock` is not "steps"; t and T above are then its time (`length`), and numbers of steps are
+            of dense steps.
 
     Returns:
         An optax schedule: i32 scalar (traced or not) -> f32 scalar.
@@ -64,12 +100,11 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
             raise ConfigError(
                 f"{where}.{key} is {value!r}, but only {', '.join(owners)} reads it: leave it out."
             )
-    warmup = steps_of(config.warmup_steps, total)
-    if warmup >= total:
-        raise ConfigError(
-            f"{where}.warmup_steps is {warmup} of {total} steps: it must leave at least one step."
-        )
-    left = total - warmup
+    warmup, end = steps_of(config.warmup_steps, total), length(config, total, clock)
+    if warmup >= end:
+        of = f"{total} steps" if clock is None else f"{end:g} dense steps' worth of tokens"
+        raise ConfigError(f"{where}.warmup_steps is {warmup} of {of}: it must leave at least one step.")
+    left = end - warmup
     if config.name == "constant":
         body = optax.constant_schedule(peak)
     elif config.name == "linear":
@@ -83,20 +118,25 @@ def build(config: ScheduleConfig, peak: float, total: int) -> optax.Schedule:
         decay = steps_of(config.decay_steps or 0, total)
         if decay > left:
             raise ConfigError(
-                f"{where}.decay_steps is {decay} steps: expected 1 to {left}, the steps after the warm-up."
+                f"{where}.decay_steps is {decay} steps: expected 1 to {left:g}, the steps after the warm-up."
             )
         body = _rsqrt(peak, timescale, left, decay)
     else:
         decay = steps_of(0.2 if config.decay_steps is None else config.decay_steps, total)
         if not 1 <= decay <= left:
             raise ConfigError(
-                f"{where}.decay_steps is {decay} steps: expected 1 to {left}, the steps after the warm-up."
+                f"{where}.decay_steps is {decay} steps: expected 1 to {left:g}, the steps after the warm-up."
             )
         falling = optax.linear_schedule(peak, peak * config.final, decay)
         body = optax.join_schedules([optax.constant_schedule(peak), falling], [left - decay])
-    if warmup == 0:
-        return body
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
+    rate = body
+    if warmup:
+        rate = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
+    return rate if clock is None else lambda step: rate(clock(step))
+
+
+def _dense(config: ScheduleConfig, total: int, clock: Clock) -> str:
+    return f"{length(config, total, clock):.6g} dense steps ({clock.total:.6g} in {total} steps)"
 
 
 def _rsqrt(peak: float, timescale: int, left: int, decay: int) -> optax.Schedule:
@@ -108,13 +148,17 @@ def _rsqrt(peak: float, timescale: int, left: int, decay: int) -> optax.Schedule
     return schedule
 
 
-def describe(config: ScheduleConfig, peak: float, total: int) -> str:
+def describe(config: ScheduleConfig, peak: float, total: int, clock: Clock | None = None) -> str:
     """One line for people: "cosine from 0.001 to 0 over 1000 steps, the first 50 of them warm-up"."""
     warmup = steps_of(config.warmup_steps, total)
     text = f"{config.name} from {peak:g}"
     if config.name in ("linear", "cosine", "wsd"):
         text += f" to {peak * config.final:g}"
-    text += f" over {total} steps"
+    text += (
+        f" over {total} steps"
+        if clock is None
+        else f" over the {_TOLD[config.clock]} of {_dense(config, total, clock)}"
+    )
     if config.name == "wsd":
         text += f", falling in the last {steps_of(0.2 if config.decay_steps is None else config.decay_steps, total)}"
     if config.name == "rsqrt":
@@ -154,7 +198,7 @@ class StackVars:
 
     def at(self, step: int) -> dict[str, Number]:
         """The values that train step `step` (steps already done, >= 0) is built with."""
-        rules = self._rules(step)
+        rules = self.rules(step)
         return {name: rule.at(step) if isinstance(rule, Every) else rule for name, rule in rules.items()}
 
     def usual(self, step: int) -> dict[str, Number]:
@@ -162,10 +206,11 @@ class StackVars:
 
         Evaluation uses it, so that it does not depend on whether the step before it was a tenth one.
         """
-        rules = self._rules(step)
+        rules = self.rules(step)
         return {name: rule.other if isinstance(rule, Every) else rule for name, rule in rules.items()}
 
-    def _rules(self, step: int) -> dict[str, Number | Every]:
+    def rules(self, step: int) -> dict[str, Number | Every]:
+        """What holds at train step `step`: a number, or what alternates."""
         return {
             name: pieces[bisect.bisect_right(pieces, step, key=lambda piece: piece[0]) - 1][1]
             for name, pieces in self.pieces
@@ -183,7 +228,7 @@ class StackVars:
         """The steps s, start < s < stop, at which values differ from those of step s - 1, ascending, one by one."""
         bounds = [*self.changes(stop), stop]
         for first, last in itertools.pairwise(bounds):
-            periods = {rule.period for rule in self._rules(first).values() if isinstance(rule, Every)}
+            periods = {rule.period for rule in self.rules(first).values() if isinstance(rule, Every)}
             if start < first:
                 yield first
             near = max(first, start) + 1
@@ -202,13 +247,13 @@ class StackVars:
 
     def _between(self, first: int, last: int) -> list[Segment]:
         """The sets of values of steps first <= s < last, where all pieces are the same."""
-        rules = self._rules(first)
+        rules = self.rules(first)
         periods = sorted({rule.period for rule in rules.values() if isinstance(rule, Every)})
         groups = [
             group for size in range(len(periods) + 1) for group in itertools.combinations(periods, size)
         ]
         # Steps that the periods of a group divide, others allowed; then, largest groups first, only those of the group.
-        counts = {group: _multiples(math.lcm(*group), first, last) for group in groups}
+        counts = {group: multiples(math.lcm(*group), first, last) for group in groups}
         for group in reversed(groups):
             counts[group] -= sum(counts[other] for other in groups if set(other) > set(group))
         found = []
@@ -238,7 +283,7 @@ class StackVars:
         return [segment.values for segment in self.counts(total)]
 
 
-def _multiples(period: int, first: int, last: int) -> int:
+def multiples(period: int, first: int, last: int) -> int:
     """How many multiples of `period` there are from `first` to below `last`."""
     return (last - 1) // period - (first - 1) // period
 
