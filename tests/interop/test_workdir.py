@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.interop.outside import golden, timm_like
+from tests.interop.outside import GOLDEN, golden, timm_like
 from tokenlab import cli, evaluate, interop, train
 from tokenlab.core.config import override
 from tokenlab.core.errors import CheckpointError, ConfigError, TokenLabError
@@ -318,3 +319,34 @@ def test_files_that_cannot_be_read(file, config_file, tmp_path, capsys):
         assert cli.main(["import", *words, f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_jumbo_checkpoint_becomes_a_workdir(tmp_path):
+    arrays = dict(np.load(GOLDEN / "jumbo.npz"))
+    weights = {name[7:]: value for name, value in arrays.items() if name.startswith("params/")}
+    save_file({**weights, "cls_token": np.ones((1, 1, 12), np.float32)}, tmp_path / "jumbo.safetensors")
+    images = np.tile(arrays["inputs/images"].transpose(0, 2, 3, 1), (4, 1, 1, 1))
+    data = {**numbers(tmp_path), "data.path": str(tmp_path / "images.npz")}
+    label = np.arange(8) % 7
+    np.savez(data["data.path"], train_image=images, train_label=label, test_image=images, test_label=label)
+    file, workdir = tmp_path / "jumbo.safetensors", tmp_path / "run"
+    with pytest.raises(ConfigError, match="head is 'mean', but of the weights .* it is 'special'"):
+        accepted(file, workdir, **data, **{"model.num_heads": 3, "model.head": "mean"})
+    notes = accepted(file, workdir, **data, **{"model.num_heads": 3})
+    assert "cls_token is left out: the pieces stand in its place" in notes
+    trained = evaluate.load(workdir)
+    assert trained.model.stack_text == "block(special=jumbo)*3"
+    found = trained.model.apply(trained.params, {"image": jnp.asarray(images[:2])})
+    np.testing.assert_allclose(found.logits, arrays["outputs/logits"], atol=5e-5)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(96, 3), (128, 4), (192, 3)])
+def test_heads_of_the_published_jumbo_sizes(width, heads):
+    arrays = dict(np.load(GOLDEN / "jumbo.npz"))
+    weights = vit_weights.read(
+        {name[7:]: value for name, value in arrays.items() if name.startswith("params/")}
+    )
+    wider = dataclasses.replace(weights, settings={**weights.settings, "width": width})
+    settings, notes = model_settings({}, wider, {})
+    assert settings["num_heads"] == heads and settings["stack"] == "block(special=jumbo)*3"
+    assert len(notes) == 1 and f"of width {width}" in notes[0]
