@@ -4,7 +4,7 @@ tokenlab train --config=configs/encoder_lm.py --workdir=runs/encoder
 tokenlab train --config=configs/encoder_lm.py --workdir=runs/encoder_words --config.task.hide=words
 tokenlab cost  --config=configs/encoder_lm.py
 
-Four blocks of width 128, 64 tokens at a time from a vocabulary of 1,000 that is trained on the text itself. The text is
+Two blocks of width 64, 64 tokens at a time from a vocabulary of 1,000 that is trained on the text itself. The text is
 the standard library of the Python that runs, so numbers differ a little from version to version.
 
 "tiny", "mini", "small", "medium", "base" and "large" give the published sizes with the settings of BERT: 512 tokens, a
@@ -24,18 +24,19 @@ def get_config(size: str = "miniature") -> ConfigDict:
     config = default_config(model="encoder_lm", task="masked_lm", data="python_text" if small else "text")
     config.data.encoder = True
     if small:
-        config.steps = 1200
+        config.steps = 1000
         config.batch_size = 32
         config.log_every = 50
-        config.eval_every = 400
-        config.checkpoint_every = 400
+        config.eval_every = 500
+        config.checkpoint_every = 500
         config.eval.batch_size = 64
         config.model.size = "toy"
-        config.model.stack = "block*4"
+        config.model.width = 64
+        config.model.stack = "block*2"
         config.data.length = 64
         config.data.tokenizer = "bpe(1000)"
         config.data.isolate = False
-        config.optimizer.learning_rate = 1e-3
+        config.optimizer.learning_rate = 3e-3
         return config
 
     config.steps = 1_000_000

@@ -24,7 +24,8 @@ def get_config(kind: str = "line") -> ConfigDict:
     config.eval.batch_size = 128
 
     config.model.size = "toy"
-    config.model.stack = "block*4"
+    config.model.width = 64
+    config.model.stack = "block*2"
     config.model.head = "classify"
     config.model.vocab_size = 1000
     config.model.positions = 64

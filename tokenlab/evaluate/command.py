@@ -130,10 +130,13 @@ def draw(
         titled = [(each.result["stack"], each) for each in measured]
         first = measured[0]
         chosen = class_pictures.choose(first.predictions)
-        images = source.read(split, chosen.index)["image"]
-        written.append(
-            class_pictures.predictions(workdir / "predictions.png", chosen, images, names, titled[0][0])
-        )
+        if "image" in source.spec:
+            images = source.read(split, chosen.index)["image"]
+            written.append(
+                class_pictures.predictions(workdir / "predictions.png", chosen, images, names, titled[0][0])
+            )
+        else:
+            notes.append("predictions.png: the examples are no pictures, so there is nothing to draw")
         curves = [(title, each.calibration) for title, each in titled]
         written.append(class_pictures.calibration(workdir / "calibration.png", curves))
         if len(first.confusion) <= class_pictures.MOST_CLASSES:

@@ -43,7 +43,7 @@ class TokenEmbed(nn.Module):
 def looked_up(table: Array, ids: Array) -> Array:
     """Rows of a table [V, D] for ids of any shape: [..., D], NaN for an id outside [0, V)."""
     outside = jnp.where(ids < 0, table.shape[0], ids)  # or they would count from the end
-    return table.at[outside].get(mode="fill", fill_value=jnp.nan)
+    return jnp.asarray(table).at[outside].get(mode="fill", fill_value=jnp.nan)
 
 
 class LMHead(nn.Module):

@@ -45,7 +45,7 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class Classify:
-    """Reads "image", "label" [B] int32 and "mask" [B] float32 (0 for padding rows) of a batch."""
+    """Reads "label" [B] int32 and "mask" [B] float32 (0 for padding rows) of a batch; mixing reads "image" too."""
 
     settings: ClassifyConfig = ClassifyConfig()
 
@@ -59,6 +59,11 @@ class Classify:
         if "label" not in source.spec or not getattr(source, "num_classes", None):
             raise ConfigError(
                 f"classify needs labels; data {source.name!r} has {', '.join(sorted(source.spec))}."
+            )
+        if (self.settings.mixup or self.settings.cutmix) and "image" not in source.spec:
+            raise ConfigError(
+                f"config.task.mixup and cutmix mix images; data {source.name!r} has {', '.join(sorted(source.spec))}: "
+                "leave them at 0."
             )
         return source.num_classes
 

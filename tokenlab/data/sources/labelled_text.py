@@ -2,7 +2,7 @@
 
     config.data.files = "reviews.tsv"                            shares of the rows, as of the source `text`
     config.data.text, pair, label = "document", None, "rating"   columns
-    config.data.classes = {"bad": ("1", "2", "3", "4"), "good": ("9", "10")}   values of a class; other rows are left out
+    config.data.classes = {"bad": ("1", "2", "3", "4"), "good": ("9", "10")}   other rows are left out
     config.data.thresholds = (2.5,)                              or numbers at which the next class begins
 
 A .tsv is cut at tabs and knows no quotes; its first line names the columns, as that of a .csv does.

@@ -4,9 +4,9 @@
     kind="pair"    does this docstring belong to this function? Half of the pairs are two that do, half a function with
                    the docstring of another one of the same split
 
-Classes are equally frequent, and no module is in two splits, so that test lines are of modules nobody has seen. What the
-text is, is said in `tokenlab.data.text.stdlib`: real text, but of the version of Python that runs. Neither task is a
-known benchmark: a line of code is told from prose by its brackets, so an accuracy near 1 says little, and a pair asks
+Classes are equally frequent, and no module is in two splits, so that test lines are of modules nobody has seen. What
+the text is, is said in `tokenlab.data.text.stdlib`: real text, but of the version of Python that runs. Neither task is
+a known benchmark: a line of code is told from prose by its brackets, so an accuracy near 1 says little, and a pair asks
 for shared words first.
 """
 

@@ -43,8 +43,8 @@ def modules() -> dict[str, dict[str, str]]:
     empty = [split for split, sources in found.items() if not sources]
     if empty:
         raise DataError(
-            f"the Python standard library has {len(files)} modules as source in {str(folder)!r}, and split {empty[0]!r} "
-            "gets none; expected an installation with its .py files."
+            f"the Python standard library has {len(files)} modules as source in {str(folder)!r}, and split "
+            f"{empty[0]!r} gets none; expected an installation with its .py files."
         )
     return found
 
