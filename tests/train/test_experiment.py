@@ -177,3 +177,14 @@ def test_examples_that_are_ranked_together_fill_the_devices(changes: dict[str, A
     common = {"model.size": "nano/4", "model.stack": stack, "batch_size": 32, "eval.batch_size": 32}
     with pytest.raises(ConfigError, match=says):
         experiment.build(override(default_config(), {**common, "mesh.data": 8, **changes}))
+
+
+def test_one_example_of_those_that_are_ranked_together_is_counted_by_itself() -> None:
+    """The table is of one example, and a step of a batch computes as much for each."""
+
+    def facts(sequences: int) -> dict[str, Any]:
+        stack = f"skip(keep=0.5)(block(ffn=moma(mixed=2, sequences={sequences}))) + block"
+        changes = {"model.size": "nano/4", "model.stack": stack, "batch_size": 32, "eval.batch_size": 32}
+        return experiment.build(override(default_config(), changes)).facts()["cost_table"]
+
+    assert facts(2) == facts(1)

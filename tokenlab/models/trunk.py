@@ -155,6 +155,11 @@ class Trunk:
 
     def abstract_state(self) -> dict[str, Any]:
         """Shapes and dtypes of the weights, without making them."""
+        return jax.tree.map(lambda leaf: leaf, self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, Any]:
+        """Asked for many times before a run begins, and each time every module would be traced."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:

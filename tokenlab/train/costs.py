@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,10 +21,17 @@ Spec = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 class _Unrolled:
-    """A model whose stack is not folded into loops, so that every layer is counted under its own name."""
+    """A model whose stack is not folded into loops, so that every layer is counted under its own name.
 
-    def __init__(self, model: Any) -> None:
+    Of `batch_size` examples: layers that rank the tokens of more of them together (`sequences`) do so by example.
+    """
+
+    def __init__(self, model: Any, batch_size: int) -> None:
         self._model = model
+        if any(_together(step, batch_size) for step in steps_of(model)):
+            self._model = copy.copy(model)
+            steps = _by_example(model.program.steps, batch_size)
+            self._model.__dict__["program"] = dataclasses.replace(model.program, steps=steps)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -31,6 +40,23 @@ class _Unrolled:
         if self._model.program is not None:
             kwargs["execution"] = "unroll"
         return self._model.apply(*args, **kwargs)
+
+
+def _together(step: BlockStep | ItemStep, batch_size: int) -> bool:
+    """Whether a block's layer ranks together what a batch of this size has no whole groups of."""
+    return isinstance(step, BlockStep) and batch_size % getattr(step.block.ffn, "sequences", 1) > 0
+
+
+def _by_example(steps: tuple[Any, ...], batch_size: int) -> tuple[Any, ...]:
+    found = []
+    for step in steps:
+        if _together(step, batch_size):
+            block = dataclasses.replace(step.block, ffn=step.block.ffn.clone(sequences=1))
+            step = dataclasses.replace(step, block=block)
+        elif isinstance(step, ItemStep) and step.body:
+            step = dataclasses.replace(step, body=_by_example(step.body, batch_size))
+        found.append(step)
+    return tuple(found)
 
 
 def batch_shapes(spec: Spec, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,7 +75,7 @@ def forward_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1) -> Cost
     """
 
     def loss(params: Any, batch: Any, key: Array) -> Array:
-        return task.loss(_Unrolled(model), params, batch, rng=key, train=False)[0]
+        return task.loss(_Unrolled(model, batch_size), params, batch, rng=key, train=False)[0]
 
     return count(loss, model.abstract_state(), batch_shapes(spec, batch_size), _key())
 
@@ -59,7 +85,7 @@ def train_cost(model: Any, task: Any, spec: Spec, batch_size: int = 1, only: Seq
 
     Arguments as `forward_cost`; `only` are the patterns of the parameters that are trained, all by default.
     """
-    function = partial(loss_and_gradients, _Unrolled(model), task, only=only)
+    function = partial(loss_and_gradients, _Unrolled(model, batch_size), task, only=only)
     return count(function, model.abstract_state(), batch_shapes(spec, batch_size), _key())
 
 

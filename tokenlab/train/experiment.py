@@ -92,6 +92,8 @@ class Experiment:
     _evaluators: dict[Any, Evaluator] = field(default_factory=dict, repr=False)
     _steps: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
     _compiled: dict[str, CompiledStep] = field(default_factory=dict, repr=False)
+    _costs: dict[str, flops.Cost] = field(default_factory=dict, repr=False)
+    _tables: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def with_seed(self, seed: int) -> Experiment:
         """The same run from another seed. The two share what they compile: nothing compiled depends on the seed."""
@@ -249,18 +251,22 @@ class Experiment:
 
     def step_cost(self, at: int) -> flops.Cost:
         """Counted cost of one train step: loss and gradients of one batch, without the optimizer."""
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        model = self.models[self.values(at)]
-        return flops.count(
-            partial(step.loss_and_gradients, model, self.task, only=self.optimizer.only),
-            self.abstract_state.params,
-            self.batch_shapes,
-            key,
-        )
+        name = self.values(at)
+        if name not in self._costs:
+            self._costs[name] = flops.count(
+                partial(step.loss_and_gradients, self.models[name], self.task, only=self.optimizer.only),
+                self.abstract_state.params,
+                self.batch_shapes,
+                jax.eval_shape(lambda: jax.random.key(0)),
+            )
+        return self._costs[name]
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of this run, beside its environment; of JSON values."""
         params = jax.tree.leaves(self.abstract_state.params)
+        if not self._tables:  # the same for every seed
+            table = costs.cost_table(self.model, self.task, self.source.spec, only=self.optimizer.only)
+            self._tables.append(table.to_json())
         return {
             "parameters": sum(math.prod(leaf.shape) for leaf in params),
             "stack": self.model.stack_text,
@@ -270,9 +276,7 @@ class Experiment:
             "grid": list(getattr(self.model, "grid", ())) or None,
             "optimizer": self.optimizer.description,
             "mesh": dict(self.mesh.shape),
-            "cost_table": costs.cost_table(
-                self.model, self.task, self.source.spec, only=self.optimizer.only
-            ).to_json(),
+            "cost_table": self._tables[0],
         }
 
     def _planned(self) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def metric_names(model: Any, task: Any, params: Any, batch: Batch) -> tuple[str,
         ConfigError: the task returns no metric "loss", or a loss that is no f32 scalar.
     """
     key = jax.eval_shape(lambda: base_key(jnp.zeros((2,), jnp.uint32)))
-    loss, metrics, _ = jax.eval_shape(
-        lambda p, b, k: loss_and_gradients(model, task, p, b, k), params, batch, key
+    loss, metrics = jax.eval_shape(
+        lambda p, b, k: task.loss(model, p, b, rng=k, train=True), params, batch, key
     )
     name = type(task).__name__
     if loss.shape != () or loss.dtype != jnp.float32:
