@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ml_collections.config_dict import ConfigDict
 from scipy import stats
 
 from tests.compare.conftest import small
 from tokenlab import cli, train
 from tokenlab.compare import command, report, results
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
+from tokenlab.train.experiment import Experiment
 
 TIMES = ("seconds", "step_seconds")
 
@@ -93,10 +97,22 @@ def test_a_rerun_changes_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch
     assert {path: path.stat().st_mtime_ns for path in (finished / "arms").rglob("*")} == before
 
 
+def from_finished(finished: Path, folder: Path) -> Callable[..., None]:
+    """In place of `train.run`: the run as `finished` has it, since the same run trained again is the same
+    (tests/train/test_loop.py). The folder's name holds the hash of its configuration."""
+
+    def run(config: ConfigDict, where: Path, *, experiment: Experiment, sampler: Any) -> None:
+        assert config.seed == experiment.config.seed and where.name == f"seed_{config.seed}"
+        assert sampler is not None and config.steps == experiment.config.steps
+        shutil.copytree(finished / where.relative_to(folder), where, dirs_exist_ok=True)
+
+    return run
+
+
 def test_a_stopped_comparison_goes_on(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, count = train.run, []
+    real, count = from_finished(finished, tmp_path), []
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         count.append(1)
@@ -128,7 +144,10 @@ def test_a_changed_arm_is_told_apart(finished: Path, tmp_path: Path) -> None:
     assert len(list((folder / "arms").iterdir())) == 2  # the old one is still there
 
 
-def test_shares_of_the_runs_make_the_whole(finished: Path, tmp_path: Path) -> None:
+def test_shares_of_the_runs_make_the_whole(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "run", from_finished(finished, tmp_path))
     first = command.run(small(), tmp_path, share=(1, 2))
     assert [[run["seed"] for run in arm["runs"]] for arm in first["arms"]] == [[0, 1], []]
     both = command.run(small(), tmp_path, share=(2, 2), command="tokenlab compare --config=x.py")
@@ -153,7 +172,7 @@ def test_an_arm_that_diverges_does_not_end_the_others(
     folder = shutil.copytree(finished, tmp_path / "copy")
     for arm in (folder / "arms").iterdir():
         shutil.rmtree(arm / "seed_1")
-    real = train.run
+    real = from_finished(finished, folder)
 
     def diverging(config: Any, where: Path, **kwargs: Any) -> Any:
         if "dense" in str(where):
@@ -226,8 +245,24 @@ def test_pictures_are_as_many_as_asked_for(finished: Path, tmp_path: Path) -> No
     assert all((folder / path).stat().st_size for (path,) in drawn)
 
 
-def test_one_arm_alone(tmp_path: Path) -> None:
-    found = command.run(small(seeds=(3,)), tmp_path, arms=("keep",))
+def test_the_last_samples_of_an_arm_are_in_the_report(finished: Path, tmp_path: Path) -> None:
+    """Of its first run, as `config.sample_every` leaves them; other files in that folder are none."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    runs = command.run(small(), folder, training=False)["arms"][1]["runs"]
+    samples = folder / runs[0]["workdir"] / "samples"
+    samples.mkdir()
+    for name in ("5", "60", "1000", "notes"):
+        (samples / f"{name}.png").write_bytes(f"picture {name}".encode())
+    dense, keep = command.run(small(), folder, training=False)["arms"]
+    assert dense["pictures"] == [] and keep["pictures"] == [f"{runs[0]['workdir']}/samples/1000.png"]
+    page = (folder / "report" / "index.html").read_text()
+    assert base64.b64encode(b"picture 1000").decode() in page
+    assert "seed 0, samples after 1,000 steps" in page and "picture 60" not in page
+
+
+def test_one_arm_alone(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "run", from_finished(finished, tmp_path))
+    found = command.run(small(seeds=(1,)), tmp_path, arms=("keep",))
     assert [arm["status"] for arm in found["arms"]] == ["waiting", "finished"]
     assert found["arms"][1]["quality"]["low"] is None
     with pytest.raises(ConfigError, match="--arm='kept' is the name of no arm; expected one of dense, keep"):

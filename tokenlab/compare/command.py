@@ -20,6 +20,7 @@ from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 from tokenlab.evaluate import expert_load, tokens_picture
 from tokenlab.generate import Samples
+from tokenlab.generate.samples import FOLDER as SAMPLES
 from tokenlab.layers.program import ItemStep, steps_of
 from tokenlab.train.records import write_atomic, write_json
 
@@ -72,6 +73,7 @@ def run(
     _find_loads(resolved, found, folder)
     if comparison.pictures:
         _draw(resolved, found, folder, comparison.pictures)
+    _find_samples(found, folder)
     write_json(folder / RESULTS, found)
     for path in (folder / RESULTS, *report.write(found, folder)):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
@@ -135,6 +137,17 @@ def _draw(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path, rows: int
                 continue
             tokens_picture.save(path, batch, [section], arm.source.class_names)
         entry["pictures"] = [str(path.relative_to(folder))]
+
+
+def _find_samples(found: Mapping[str, Any], folder: Path) -> None:
+    """For every arm that was sampled during training, the last picture of its first finished run."""
+    for entry in found["arms"]:
+        if not entry["runs"]:
+            continue
+        drawn = (folder / entry["runs"][0]["workdir"] / SAMPLES).glob("*.png")
+        last = max(drawn, key=lambda path: int(path.stem) if path.stem.isdecimal() else -1, default=None)
+        if last is not None:
+            entry["pictures"].append(str(last.relative_to(folder)))
 
 
 def _find_loads(arms: Sequence[Arm], found: Mapping[str, Any], folder: Path) -> None:

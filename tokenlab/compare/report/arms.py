@@ -1,4 +1,4 @@
-"""Each arm by itself: its runs, its exact configuration, the command that reproduces it; and pictures of tokens."""
+"""Each arm by itself: its runs, its configuration, the command that reproduces it; pictures of tokens and samples."""
 
 from __future__ import annotations
 
@@ -56,11 +56,19 @@ def _picture(path: str, name: str, folder: Path | None) -> str:
             why = f"is left out: {error.strerror}"
     if why:
         return f'<p class="empty"><code>{escape(path)}</code> {escape(why)}.</p>'
-    alt = escape(f"{name}: {file.stem.replace('_', ' ')}")
+    says = escape(_caption(file))
+    alt = f"{escape(name)}: {says}"
     return (
         f'<figure class="picture"><img src="data:{kind};base64,{content}" alt="{alt}" loading="lazy">'
-        f"<figcaption>{escape(file.stem.replace('_', ' '))}</figcaption></figure>"
+        f"<figcaption>{says}</figcaption></figure>"
     )
+
+
+def _caption(file: Path) -> str:
+    """What a picture is of, by its name; of seed_0/samples/200.png "seed 0, samples after 200 steps"."""
+    if file.parent.name == "samples" and file.stem.isdecimal():
+        return f"{file.parts[-3].replace('_', ' ')}, samples after {int(file.stem):,} steps"
+    return file.stem.replace("_", " ")
 
 
 def _arm(results: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
