@@ -39,9 +39,13 @@ class Skip(Item):
         "skip(keep=0.5, by=learned)(block) + block",
     )
 
+    def kept(self, present: int, protected: int) -> int:
+        """K, of the tokens that are not protected."""
+        return kept(self.keep, present, protected, "skip: keep")
+
     def inside(self, present: int, protected: int) -> int:
         """K plus the protected tokens."""
-        return protected + kept(self.keep, present, protected, "skip: keep")
+        return protected + self.kept(present, protected)
 
     def __call__(
         self,
@@ -53,13 +57,20 @@ class Skip(Item):
         body: Body | None = None,
     ) -> tuple[Tokens, Aux]:
         """[B, N, ...] -> [B, N, ...]; tokens that are not kept come out as they went in."""
-        wanted = kept(self.keep, tokens.count, tokens.protected, "skip: keep")
+        done, indices, aux = self.around(params, tokens, readings, key, body)
+        return carry.restore(tokens, done, indices), aux
+
+    def around(
+        self, params: Params, tokens: Tokens, readings: Mapping[str, Array], key: Array, body: Body
+    ) -> tuple[Tokens, Array, Aux]:
+        """The kept tokens behind the body, [B, protected + K, ...], and the places they are from."""
+        wanted = self.kept(tokens.count, tokens.protected)
         indices, gate = choose(self.by, params, tokens, readings, key, wanted)
         part = carry.take(tokens, indices)
         done, aux = body(part)
         if gate is not None:  # the score learns through what the body changed
             done = done.replace(x=straight_through(done.x, done.x - part.x, gate, protected=done.protected))
-        return carry.restore(tokens, done, indices), aux
+        return done, indices, aux
 
 
 item = Skip
