@@ -336,6 +336,7 @@ def _write(
             "data": run.stream.state(0),
             "stack_vars": run.stack_vars.at(0),
             "ema": state.ema is not None,
+            "statistics": state.statistics is not None,
             "results": {},
             "imported": dict(imported),
         }

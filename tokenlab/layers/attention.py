@@ -28,6 +28,21 @@ class Projections(NamedTuple):
     value: Array
 
 
+class Seen(NamedTuple):
+    """M tokens that are seen and do not look: the keys and values of queries that are others.
+
+    Attributes are those of `tokenlab.core.tokens.Tokens`, of which x [B, M, D] is needed always.
+    """
+
+    x: Array
+    coords: Array | None = None
+    size: Array | None = None
+    valid: Array | None = None
+    position: Array | None = None
+    segment: Array | None = None
+    modality: Array | None = None
+
+
 Reading: TypeAlias = Callable[[Projections, Tokens], Array]
 """What an item wants to know of the attention before it, from projections and tokens, without the full map."""
 
@@ -66,7 +81,7 @@ def mean_key(projections: Projections, tokens: Tokens) -> Array:
 
 
 class Attention(nn.Module):
-    """Self-attention with optional grouped-query heads, qk-norm and rotary positions.
+    """Self-attention with optional grouped-query heads, qk-norm and rotary positions; also of tokens to others.
 
     Works on plain arrays: `Attention(num_heads=6)(x)` with x [B, N, D] gives [B, N, D].
 
@@ -145,6 +160,7 @@ class Attention(nn.Module):
         segment: Array | None = None,
         modality: Array | None = None,
         memory: KVCache | Stacked | None = None,
+        seen: Seen | None = None,
         projections: bool = False,
     ) -> Array | tuple[Array, Projections] | tuple[Array, KVCache | Stacked]:
         """Mix tokens.
@@ -159,6 +175,8 @@ class Attention(nn.Module):
           modality: [B, N] int, what tokens stand for; needed with `modalities`.
           memory: keys and values of tokens before these (no segments, no sizes). The valid ones of x are put into it,
             and every token sees what it holds at its own position and before.
+          seen: the tokens that x looks at, instead of at itself; only queries are made of x then, and only keys and
+            values of them. The facts that x would lend its keys (`size`, `valid`) are not read. Not with `memory`.
           projections: also return the `Projections`, for the readings of the item that follows.
 
         Returns:
@@ -174,39 +192,51 @@ class Attention(nn.Module):
             raise ShapeError(f"attention: num_heads {heads} is not a multiple of num_kv_heads {groups}.")
         size_of_head = self.head_dim or width // heads
 
+        if seen is not None and memory is not None:
+            raise ShapeError("attention: tokens that are seen and a memory cannot both be what is looked at.")
+        looked = Seen(x, coords, size, valid, position, segment, modality) if seen is None else seen
         how = {"use_bias": self.use_bias, "dtype": self.dtype}
         init = kernel_initializer(self.kernel_std)
 
-        def project(name: str, count: int) -> Array:
-            return nn.DenseGeneral((count, size_of_head), kernel_init=init, name=name, **how)(x)
+        def project(of: Array, name: str, count: int) -> Array:
+            return nn.DenseGeneral((count, size_of_head), kernel_init=init, name=name, **how)(of)
 
         counts = {"query": heads, "key": groups, "value": groups}
+        whose = {"query": x, "key": looked.x, "value": looked.x}
         with jax.named_scope("projections"):
             if self.modalities:
                 shapes = {name: (count, size_of_head) for name, count in counts.items()}
-                made = by_modality.project(self, x, modality, shapes, self.modalities, valid=valid, **how)
+                of = {"valid": valid, **how}
+                if seen is None:
+                    made = by_modality.project(self, x, modality, shapes, self.modalities, **of)
+                else:
+                    first = {"query": shapes.pop("query")}
+                    made = by_modality.project(self, x, modality, first, self.modalities, **of)
+                    of["valid"] = seen.valid
+                    made |= by_modality.project(self, seen.x, seen.modality, shapes, self.modalities, **of)
             else:
-                made = {name: project(name, count) for name, count in counts.items()}
+                made = {name: project(whose[name], name, count) for name, count in counts.items()}
         query, key, value = made.values()
         if self.qk_norm and self.modalities:
             own = {"norm": self.norm, "dtype": self.dtype}
             query, key = (
-                by_modality.NormByModality(self.modalities, name=f"{name}_norm", **own)(made[name], modality)
-                for name in ("query", "key")
+                by_modality.NormByModality(self.modalities, name=f"{name}_norm", **own)(made[name], kind)
+                for name, kind in (("query", modality), ("key", looked.modality))
             )
         elif self.qk_norm:
             kind = nn.LayerNorm if self.norm == "layer" else nn.RMSNorm
             own = {"epsilon": 1e-6, "dtype": self.dtype, "use_fast_variance": False}
             query, key = kind(name="query_norm", **own)(query), kind(name="key_norm", **own)(key)
         if self.rope_theta is not None:
-            if coords is None:
+            if coords is None or looked.coords is None:
                 raise ShapeError("attention: rotary positions need coords [B, N, A], got None.")
             query = rope(query, coords, self.rope_theta)
-            key = rope(key, coords, self.rope_theta)
-        if position is None and (self.causal or memory is not None):
+            key = rope(key, looked.coords, self.rope_theta)
+        lacking = position is None or looked.position is None
+        if lacking and (self.causal or memory is not None):
             raise ShapeError("attention: a causal layer needs the positions of its tokens [B, N], got None.")
         with jax.named_scope("maps"):
-            masks: dict[str, Any] = {"size": size, "valid": valid}
+            masks: dict[str, Any] = {"size": looked.size, "valid": looked.valid}
             keys, values = key, value
             if memory is not None:
                 memory = memory.insert(key, value, position, valid)
@@ -215,9 +245,9 @@ class Attention(nn.Module):
                 )
                 masks = {"causal_positions": (position, memory.position), "window": self.window}
             elif self.causal:
-                masks |= {"causal_positions": (position, position), "window": self.window}
+                masks |= {"causal_positions": (position, looked.position), "window": self.window}
             if segment is not None:
-                masks["segments"] = (segment, segment)
+                masks["segments"] = (segment, looked.segment)
             mixed = ops.attention(query, keys, values, implementation=self.implementation, **masks)
         with jax.named_scope("projections"):
             if self.modalities:

@@ -27,7 +27,7 @@ from jax import Array
 from tokenlab.core.errors import ShapeError
 from tokenlab.core.modality import MODALITIES
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers.attention import Attention, Projections, Reading
+from tokenlab.layers.attention import Attention, Projections, Reading, Seen
 from tokenlab.layers.by_modality import NormByModality
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.norm import NORMS, NormName, NormPlacement
@@ -141,6 +141,7 @@ class Block:
         context: Context,
         depth: Depth,
         readings: Mapping[str, Reading],
+        seen: Tokens | None = None,
     ) -> tuple[Tokens, dict[str, Array]]:
         """The attention half, and what the next item wants to read of it.
 
@@ -150,11 +151,12 @@ class Block:
           context: of this step.
           depth: which block this is.
           readings: name -> what to compute from the projections.
+          seen: the tokens that these attend to, instead of to each other: [B, M, ...].
 
         Returns:
           tokens with new features; name -> reading.
         """
-        mixed, projections = self._mix(params, tokens, context, depth, projections=True)
+        mixed, projections = self._mix(params, tokens, context, depth, seen=seen, projections=True)
         with jax.named_scope("attention"), jax.named_scope("readings"):
             found = {name: reading(projections, tokens) for name, reading in readings.items()}
         return mixed, found
@@ -184,9 +186,28 @@ class Block:
         return mixed, memory, found
 
     def _mix(
-        self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth, **how: Any
+        self,
+        params: Mapping[str, Any],
+        tokens: Tokens,
+        context: Context,
+        depth: Depth,
+        *,
+        seen: Tokens | None = None,
+        **how: Any,
     ) -> tuple[Tokens, Projections | KVCache | Stacked]:
         modules = self.modules()
+        facts = self._facts(tokens, context)
+        if seen is not None:
+            x = self._normed(modules, params, "attention", seen.x, seen, at="pre")
+            how["seen"] = Seen(x, **self._facts(seen, context))
+        normed = self._normed(modules, params, "attention", tokens.x, tokens, at="pre")
+        with jax.named_scope("attention"):
+            mixed, more = _apply(self.attention, params["attention"], normed, **facts, **how)
+        mixed = self._normed(modules, params, "attention", mixed, tokens, at="res_post")
+        return self._residual(modules, params, "attention", tokens, mixed, context, depth), more
+
+    def _facts(self, tokens: Tokens, context: Context) -> dict[str, Array | None]:
+        """What attention is told of tokens."""
         facts = {"coords": tokens.coords, "size": tokens.size, "valid": tokens.valid}
         if self.attention.causal:
             facts["position"] = tokens.position
@@ -194,11 +215,7 @@ class Block:
             facts["segment"] = tokens.segment
         if self.attention.modalities:
             facts["modality"] = tokens.modality
-        normed = self._normed(modules, params, "attention", tokens.x, tokens, at="pre")
-        with jax.named_scope("attention"):
-            mixed, more = _apply(self.attention, params["attention"], normed, **facts, **how)
-        mixed = self._normed(modules, params, "attention", mixed, tokens, at="res_post")
-        return self._residual(modules, params, "attention", tokens, mixed, context, depth), more
+        return facts
 
     def _normed(
         self,

@@ -169,14 +169,14 @@ class Inside:
       refused: in generation, notes tokens without room.
     """
 
-    run: Callable[[Tokens], tuple[Tokens, Aux]]
+    run: Callable[..., tuple[Tokens, Aux]]
     count: int
     room: Callable[[], Array] | None = None
     refused: Callable[[Array], None] | None = None
 
-    def __call__(self, tokens: Tokens) -> tuple[Tokens, Aux]:
+    def __call__(self, tokens: Tokens, seen: Tokens | None = None) -> tuple[Tokens, Aux]:
         """See `tokenlab.layers.item.Body`."""
-        return self.run(tokens)
+        return self.run(tokens) if seen is None else self.run(tokens, seen)
 
     def has_room(self) -> Array:
         """See `tokenlab.layers.item.Body`."""
@@ -205,14 +205,14 @@ class _Runner:
         self.shared = shared
 
     def steps(
-        self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens
+        self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens, seen: Tokens | None = None
     ) -> tuple[Tokens, Aux, dict[str, Array]]:
-        """Run steps one after the other; also returns what was read of the last block."""
+        """Run steps one after the other; also returns what was read of the last block. A first block sees `seen`."""
         aux, readings = Aux(), dict[str, Array]()
         for step, own in zip(steps, _split(stacks, [step.uses() for step in steps]), strict=True):
             match step:
                 case BlockStep():
-                    tokens, more, readings = self.block(step, own, tokens)
+                    tokens, more, readings = self.block(step, own, tokens, seen if step.seen else None)
                 case ItemStep():
                     tokens, more = self.item(step, own, tokens, readings)
                 case Loop():
@@ -220,11 +220,16 @@ class _Runner:
             aux += more
         return tokens, aux, readings
 
-    def block(self, step: BlockStep, stacks: Stacks, tokens: Tokens) -> tuple[Tokens, Aux, dict[str, Array]]:
+    def block(
+        self, step: BlockStep, stacks: Stacks, tokens: Tokens, seen: Tokens | None = None
+    ) -> tuple[Tokens, Aux, dict[str, Array]]:
         """One block; under remat what lies inside is computed again in the backward pass."""
+        if step.seen != (0 if seen is None else seen.count):
+            given = "none" if seen is None else str(seen.count)
+            raise ShapeError(f"{step.name}: built to see {step.seen} tokens outside its body, got {given}.")
 
         def compute(
-            stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context
+            stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context, seen: Tokens | None
         ) -> tuple[Tokens, Aux, dict[str, Array]]:
             params = {
                 slot: shared[kind[1]] if kind[0] == SHARED else _single(stacks[kind])
@@ -234,7 +239,7 @@ class _Runner:
             wanted = dict(step.reads)
             if step.between:
                 wanted |= step.between.item.readings() if step.between.active else {}
-            tokens, readings = step.block.attend(params, tokens, context, place, wanted)
+            tokens, readings = step.block.attend(params, tokens, context, place, wanted, seen)
             aux = Aux()
             if step.between:
                 own = {kind: stacks[kind] for kind in step.between.uses()}
@@ -245,7 +250,7 @@ class _Runner:
         if self.remat != "none":
             compute = jax.checkpoint(compute, policy=REMAT_POLICIES[self.remat], prevent_cse=True)
         with jax.named_scope(step.name):
-            tokens, aux, readings = compute(stacks, self.shared, tokens, self.context)
+            tokens, aux, readings = compute(stacks, self.shared, tokens, self.context, seen)
         if self.trace is not None and self.loads is not None and aux.load is not None:
             self.loads[step.name] = aux.load
         return tokens, aux.replace(load=None), readings  # of this block alone
@@ -264,14 +269,14 @@ class _Runner:
         first, inner = _split(stacks, [{step.kind: 1}, inside])
         own = _single(first[step.kind])
 
-        def run(part: Tokens) -> tuple[Tokens, Aux]:
+        def run(part: Tokens, seen: Tokens | None = None) -> tuple[Tokens, Aux]:
             if part.count != step.inside:
                 raise ShapeError(
                     f"{step.name}: its body was built for {step.inside} tokens, got {part.count}."
                 )
             if step.active:
                 self.record(step, part, inside=True)
-            done, aux, _ = self.steps(step.body, inner, part)
+            done, aux, _ = self.steps(step.body, inner, part, seen)
             return done, aux
 
         if not step.active:

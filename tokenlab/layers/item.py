@@ -17,6 +17,7 @@ from tokenlab.core.errors import TokenLabError
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Reading
 from tokenlab.layers.context import Aux, Context
+from tokenlab.layers.statistics import Statistic, Vocabulary
 from tokenlab.ops import select
 from tokenlab.ops.gather import gather
 
@@ -36,8 +37,8 @@ class Body(Protocol):
 
     count: int
 
-    def __call__(self, tokens: Tokens) -> tuple[Tokens, Aux]:
-        """Run it on `count` tokens an example.
+    def __call__(self, tokens: Tokens, seen: Tokens | None = None) -> tuple[Tokens, Aux]:
+        """Run it on `count` tokens an example; where the item `bridges`, its first block attends to `seen`.
 
         In generation only valid tokens are remembered, and a step without any valid token is skipped.
         """
@@ -72,12 +73,14 @@ class Score:
       stochastic: draws from `context`, so equal inputs may rank differently from step to step.
       causal: ranks a token without regard to those after it, and to what it is compared with.
       needs_cls: reads the first token, so the model must have a CLS token.
+      needs_ids: ranks tokens by their ids in a vocabulary, so the model's tokens must have such.
     """
 
     reads: ClassVar[Mapping[str, Reading]] = {}
     stochastic: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
+    needs_ids: ClassVar[bool] = False
 
     def init(self, key: Array, width: int) -> Params:
         """Parameters for tokens of `width` D; {} when there is nothing to learn."""
@@ -86,6 +89,11 @@ class Score:
 
     def axes(self) -> Axes:
         """Logical axes of the parameters by path."""
+        return {}
+
+    def statistics(self, vocabulary: Vocabulary) -> Mapping[str, Statistic]:
+        """By name, what it wants to know of each token's id: then in `tokens.extra` under that name, [B, N]."""
+        del vocabulary
         return {}
 
     def __call__(self, params: Params, tokens: Tokens, readings: Mapping[str, Array], key: Array) -> Array:
@@ -104,6 +112,7 @@ class Item:
     Class attributes:
       wraps: takes a body, `name(arguments)(body)`.
       reads: what it wants of the attention of the block just before; a score's wishes are added by the item.
+      bridges: the first block of its body attends to all tokens that came to the item, not only to those inside.
       merges: makes tokens that stand for several, so that `Tokens.size` must exist from the start.
       needs_cls: reads the first token, so the model must have a CLS token (scores say so for themselves).
       generates: runs on prompts and on the tokens that follow them one by one (`context.mode`).
@@ -115,6 +124,7 @@ class Item:
     """
 
     wraps: ClassVar[bool] = False
+    bridges: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, Reading]] = {}
     merges: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False

@@ -49,6 +49,7 @@ class BlockStep:
       between: an item between its halves.
       rows: tokens of a whole sequence that it must have room to remember in generation; 0 elsewhere.
       apart: J, leading tokens that do not go through its feed-forward layer but through `block.special`.
+      seen: how many tokens it attends to, where they are others than those that come in; 0 elsewhere.
     """
 
     index: int
@@ -59,6 +60,7 @@ class BlockStep:
     between: ItemStep | None = None
     rows: int = 0
     apart: int = 0
+    seen: int = 0
 
     @property
     def after(self) -> int:
@@ -78,7 +80,7 @@ class BlockStep:
     def signature(self) -> Any:
         """Equal for steps that differ only in which weights they use."""
         between = self.between.signature() if self.between else None
-        return ("block", self.block, self.kinds, self.present, self.rows, self.reads, between)
+        return ("block", self.block, self.kinds, self.present, self.rows, self.seen, self.reads, between)
 
     def uses(self) -> dict[Kind, int]:
         """How many entries of each stack of weights it takes."""
@@ -529,7 +531,20 @@ class _Builder:
                     f"the body of {call.name} takes {inside} tokens and gives {out}; it must give back as many, "
                     "since they return to their places.",
                 )
+            if active and item.bridges:
+                body = self.bridge(call, body, present)
         return ItemStep(item, kind, number, present, after, inside, active, tuple(body))
+
+    def bridge(self, call: Call, body: list[Step], present: int) -> list[Step]:
+        """The body of an item that bridges: its first block attends to the `present` tokens outside."""
+        first = body[0]
+        if not isinstance(first, BlockStep) or first.between or first.reads:
+            self.stack.fail(
+                call.span,
+                f"the first block of {call.name} attends to all tokens, so its body must begin with a plain block that "
+                "nothing reads the attention of.",
+            )
+        return [replace(first, seen=present), *body[1:]]
 
     def add(self, group: str, name: str, index: int | None, maker: Any, init: Callable[[Array], Any]) -> Kind:
         """Enter an occurrence under `name`, or under `name_2`, ... when its weights have another shape."""

@@ -14,6 +14,7 @@ import jax
 
 from tokenlab.core.errors import CheckpointError, suggest
 from tokenlab.core.patterns import fits
+from tokenlab.layers.statistics import STATISTICS
 from tokenlab.sharding.rules import path_of
 
 
@@ -39,11 +40,12 @@ def fit_state(
         text and nothing else is special), whose leaves are not taken from `saved`, because they start anew.
       source: where `saved` is from, for messages: "the checkpoint in runs/a".
       left_out: learned parts of items that the stack does not hold are left out, and told; False makes them an error,
-        for a run that starts from `saved` and should lose nothing unasked.
+        for a run that starts from `saved` and should lose nothing unasked. Such a run begins statistics anew that
+        `saved` does not have.
 
     Returns:
       path -> leaf of `saved`, for every leaf of `wanted` that is not under `fresh`; and notes to be told, one line
-      each: learned parts of items that the model's stack does not hold are left out.
+      each: learned parts of items that the model's stack does not hold are left out, and so are statistics.
 
     Raises:
       CheckpointError: a leaf that only one side has, or of another shape; or a path in `fresh` that neither side has.
@@ -60,7 +62,11 @@ def fit_state(
         {path: leaf for path, leaf in side.items() if not any(_under(path, name) for name in fresh)}
         for side in (have, want)
     )
-    extra = [path for path in have if left_out and path not in want and path.startswith("items/")]
+    known = f"{STATISTICS}/"
+    may_be_extra = (known, "items/") if left_out else (known,)
+    extra = [path for path in have if path not in want and path.startswith(may_be_extra)]
+    anew = [path for path in want if not left_out and path not in have and path.startswith(known)]
+    want = {path: leaf for path, leaf in want.items() if path not in anew}
     for path in (*want, *have):
         given, expected = (tuple(side[path].shape) if path in side else None for side in (have, want))
         if given != expected and path not in extra:
@@ -71,6 +77,7 @@ def fit_state(
     used = {_kind(path) for path in want}
     kinds = sorted({path if _kind(path) in used else _kind(path) for path in extra})
     notes = [f"{source} holds {kind}, which the stack does not use: left out" for kind in kinds]
+    notes += [f"{source} does not hold {path}: it begins anew" for path in anew]
     return {path: have[path] for path in want}, notes
 
 
@@ -110,6 +117,8 @@ def _mend(path: str, given: tuple[int, ...] | None, expected: tuple[int, ...] | 
             or f", or train it first, in a run from these weights with config.init_from.fresh=('{kind}',)"
         )
         return f"use a stack without what it learns there{other}"
+    if group == STATISTICS and given is None:
+        return "use a stack that does not ask for it, or train with it first"
     stacked = group in ("blocks", "items") and given is not None and expected is not None
     if stacked and given[1:] == expected[1:]:
         what = "blocks" if group == "blocks" else "such items"

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tokenlab.core.errors import StackError
+from tokenlab.core.errors import StackError, TokenLabError
 from tokenlab.core.stack import Stack, parse
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers import execute, program
 from tokenlab.layers.context import Aux, Context
+from tokenlab.layers.program import ItemStep
+from tokenlab.layers.statistics import STATISTICS, Statistic, Vocabulary
 
 Execution = Literal["auto", "scan", "unroll"]
 Remat = Literal["none", "full", "dots"]
@@ -48,6 +50,8 @@ class Trunk:
     train: bool
     embed: Any
     head: Any
+    vocabulary: Vocabulary | None = None
+    """Of models whose tokens carry their ids as `extra["ids"]` [B, N] into the stack."""
 
     # ------------------------------------------------------------------------------------------ what a model defines
 
@@ -68,7 +72,37 @@ class Trunk:
     @cached_property
     def program(self) -> program.Program:
         """The stack, worked out for the examples the model was built for."""
-        return self.make_program()
+        found = self.make_program()
+        self._statistics_of(found)  # so that a score which does not fit the model is said at once
+        return found
+
+    @cached_property
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What the stack's scores want to know of the ids of tokens, by name; see `tokenlab.layers.statistics`."""
+        return self._statistics_of(self.program)
+
+    def _statistics_of(self, program: program.Program) -> dict[str, Statistic]:
+        found: dict[str, Statistic] = {}
+        for step in program.flat():
+            if not isinstance(step, ItemStep) or not step.active:
+                continue
+            for score in step.item.scores():
+                if score.needs_ids and self.vocabulary is None:
+                    raise StackError(
+                        f"stack: {step.kind[1]} ranks tokens by their ids in a vocabulary, and those of this model "
+                        f"have none: {program.stack.text!r}. Rank by another score, such as by=norm."
+                    )
+                try:
+                    wanted = score.statistics(self.vocabulary) if self.vocabulary else {}
+                except TokenLabError as error:
+                    raise StackError(f"stack: {error} ({program.stack.text!r})") from error
+                for name, statistic in wanted.items():
+                    if found.setdefault(name, statistic) != statistic:
+                        raise StackError(
+                            f"stack: {name} is wanted in two ways, which one model cannot have: "
+                            f"{program.stack.text!r}. Give it the same arguments everywhere."
+                        )
+        return found
 
     @property
     def by_modality(self) -> bool:
@@ -121,6 +155,10 @@ class Trunk:
         shape = tokens.position.shape
         if self.program.merges:
             tokens = tokens.replace(size=jnp.ones(shape, jnp.float32))
+        if self.statistics:
+            held = state[STATISTICS]
+            known = {name: s.lookup(held[name], tokens.extra["ids"]) for name, s in self.statistics.items()}
+            tokens = tokens.replace(extra={**tokens.extra, **known})
         if record:
             tokens = tokens.replace(owner=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape))
         trace: list[execute.TracePoint] = []
@@ -145,13 +183,18 @@ class Trunk:
         """Fresh weights: {"embed": ..., "blocks": {kind: [n, ...]}, "items": ..., "shared": ..., "head": ...},
         float32.
 
+        A model with statistics has them beside those, under "statistics".
+
         Block k and item j get keys that depend on `key` and their number alone, so two stacks of as many blocks start
         from the same weights.
         """
         keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("embed", "stack", "head"))}
         embed = self.init_embed(keys["embed"])
         head = self.init_head(keys["head"], embed)
-        return {"embed": embed, **self.program.init(keys["stack"]), "head": head}
+        state = {"embed": embed, **self.program.init(keys["stack"]), "head": head}
+        if self.statistics:
+            state[STATISTICS] = {name: statistic.init() for name, statistic in self.statistics.items()}
+        return state
 
     def abstract_state(self) -> dict[str, Any]:
         """Shapes and dtypes of the weights, without making them."""
@@ -166,4 +209,8 @@ class Trunk:
         """Parameter path -> logical axes of its trailing dimensions, for `tokenlab.sharding.rules`."""
         embed = {f"embed/{path}": axes for path, axes in self.embed.axes().items()}
         head = {f"head/{path}": axes for path, axes in self.head.axes().items()}
-        return {**embed, **self.program.axes(), **head}
+        statistics = {
+            f"{STATISTICS}/{name}": (None,) * jax.eval_shape(statistic.init).ndim
+            for name, statistic in self.statistics.items()
+        }
+        return {**embed, **self.program.axes(), **head, **statistics}

@@ -15,6 +15,7 @@ from jax import Array
 from tokenlab.cost import Cost, CostTable, RowInfo, count
 from tokenlab.cost.table import KINDS
 from tokenlab.layers.program import SHARED, BlockStep, ItemStep, steps_of
+from tokenlab.layers.statistics import split
 from tokenlab.train.step import loss_and_gradients
 
 Spec = Mapping[str, tuple[tuple[int, ...], str]]
@@ -134,7 +135,7 @@ def active_parameters(model: Any) -> int:
 
     For Soft MoE that is S / N of E, the slots computed for each token, although every slot is a mean of all of them.
     """
-    shapes = model.abstract_state()
+    shapes, _ = split(model.abstract_state())
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     for step in steps_of(model):
         if not isinstance(step, BlockStep) or not hasattr(step.block.ffn, "num_experts"):

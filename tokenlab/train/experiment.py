@@ -23,6 +23,7 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.core.stack import parse
 from tokenlab.cost import flops
 from tokenlab.layers.program import BlockStep, steps_of
+from tokenlab.layers.statistics import join
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import DEFAULT_RULES, path_of
 from tokenlab.train import costs, initialize, schedule, state, step, token_clock
@@ -153,7 +154,8 @@ class Experiment:
 
     def leaf_names(self) -> tuple[str, ...]:
         """Names of what the health check looks at; see `state.leaf_names`."""
-        return state.leaf_names(self.batch_shapes, self.abstract_state.params)
+        abstract = self.abstract_state
+        return state.leaf_names(self.batch_shapes, abstract.params, abstract.statistics)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """This process's rows of a batch onto the devices, as one global array a leaf."""
@@ -174,7 +176,7 @@ class Experiment:
         fresh = create(place({"seed": np.uint32(self.config.seed)}, self.replicated)["seed"])
         if not loaded:
             return fresh
-        params = initialize.merge(fresh.params, loaded)
+        params = initialize.merge(join(fresh.params, fresh.statistics), loaded)
         wrap = partial(state.wrap, optimizer=self.optimizer, metric_names=self.metric_names)
         return jax.jit(lambda params, key: wrap(params, key=key), out_shardings=self.state_shardings)(
             params, fresh.key
@@ -237,7 +239,7 @@ class Experiment:
         """Metrics over a whole split, each example counted once.
 
         Args:
-            params: as in the train state; the average where one is kept (`state.evaluation_params`).
+            params: `state.evaluation_params` of the train state.
             split: of the source.
             at: steps done.
 
@@ -246,16 +248,18 @@ class Experiment:
         """
         model = self.eval_model(at)
         if model not in self._evaluators:
-            self._evaluators[model] = Evaluator(model, self.task, self.mesh, self.state_shardings.params)
+            places = state.evaluation_params(self.state_shardings)
+            self._evaluators[model] = Evaluator(model, self.task, self.mesh, places)
         return self._evaluators[model](params, self.source, split, self.config.eval.batch_size)
 
     def step_cost(self, at: int) -> flops.Cost:
         """Counted cost of one train step: loss and gradients of one batch, without the optimizer."""
         name = self.values(at)
         if name not in self._costs:
+            abstract = self.abstract_state
             self._costs[name] = flops.count(
                 partial(step.loss_and_gradients, self.models[name], self.task, only=self.optimizer.only),
-                self.abstract_state.params,
+                join(abstract.params, abstract.statistics),
                 self.batch_shapes,
                 jax.eval_shape(lambda: jax.random.key(0)),
             )

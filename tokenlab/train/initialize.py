@@ -12,6 +12,7 @@ import numpy as np
 
 from tokenlab.core.errors import CheckpointError, TokenLabError
 from tokenlab.layers.program import Program
+from tokenlab.layers.statistics import STATISTICS, join
 from tokenlab.models.state import fit_state
 from tokenlab.models.upcycle import upcycle
 from tokenlab.sharding.rules import path_of
@@ -21,7 +22,7 @@ from tokenlab.train.records import read_run
 
 
 def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters that a run is evaluated with: their moving average where it keeps one.
+    """What a run is evaluated with: the moving average of its parameters where it keeps one, and its statistics.
 
     Args:
         path: its workdir, or its checkpoints folder.
@@ -34,10 +35,17 @@ def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[s
         CheckpointError: as `load_params`.
     """
     params, meta = load_params(path, which)
-    return load_params(path, meta["step"], part="ema") if meta["ema"] else (params, meta)
+    if meta["ema"]:
+        params, _ = load_params(path, meta["step"], part="ema")
+    statistics = None
+    if meta.get("statistics"):
+        statistics, _ = load_params(path, meta["step"], part=STATISTICS)
+    return join(params, statistics), meta
 
 
-def load(config: InitFrom, shapes: Any, model: Any = None) -> dict[str, np.ndarray]:
+def load(
+    config: InitFrom, shapes: Any, model: Any = None, *, notes: list[str] | None = None
+) -> dict[str, np.ndarray]:
     """The parameters that `config.init_from` says to load, by path ("head/kernel"); the rest is initialised.
 
     Args:
@@ -45,6 +53,7 @@ def load(config: InitFrom, shapes: Any, model: Any = None) -> dict[str, np.ndarr
             where one was kept. Parameters under a path of `fresh` are left to initialisation.
         shapes: parameters of the new model (anything with `shape`).
         model: the new one, for `config.upcycle`.
+        notes: gets what is to be told, one line each: statistics that only one side has.
 
     Raises:
         CheckpointError: no readable checkpoint; nothing to upcycle; a parameter that only one side has, or of another
@@ -68,7 +77,9 @@ def load(config: InitFrom, shapes: Any, model: Any = None) -> dict[str, np.ndarr
             tree, model.program, shapes, origin=origin, noise=config.upcycle_noise, source=source
         )
         fresh = (*fresh, *anew)
-    leaves, _ = fit_state(tree, shapes, fresh, source=source, left_out=False)
+    leaves, told = fit_state(tree, shapes, fresh, source=source, left_out=False)
+    if notes is not None:
+        notes += told
     return leaves
 
 

@@ -79,9 +79,10 @@ def run(
         window(0, experiment.config.steps, experiment.stack_vars.alternations(0, experiment.config.steps))
     draws = _sampler(experiment, Path(workdir), sampler)
     loaded: Mapping[str, Any] = {}
+    told: list[str] = []
     if not _has_checkpoint(Path(workdir)):
         model = experiment.model
-        loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model)
+        loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model, notes=told)
     compilation.use_cache(experiment.config.compilation_cache)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(Workdir(workdir, config))
@@ -105,7 +106,7 @@ def run(
         )
         interrupt = stack.enter_context(Interrupt())
         trainer = Trainer(experiment, folder, checkpoints, progress, interrupt, begun, draws)
-        trainer.start(loaded)
+        trainer.start(loaded, told)
         traced = folder.path / "profile" if profile and jax.process_index() == 0 else None
         return trainer.train(stack.enter_context(Profiler(traced, trainer.stopwatch.paused)))
 
@@ -174,9 +175,12 @@ class Trainer:
         self._facts: dict[str, Any] = {"compile_seconds": {}, "train_flops_per_step": {}, "peak_bytes": {}}
         self._leaf_names = experiment.leaf_names()
 
-    def start(self, loaded: Mapping[str, Any]) -> None:
-        """Restores the newest whole checkpoint, or begins at step 0 with the parameters in `loaded`, if any."""
-        notes = list(self.folder.notes)
+    def start(self, loaded: Mapping[str, Any], told: Sequence[str] = ()) -> None:
+        """Restores the newest whole checkpoint, or begins at step 0 with the parameters in `loaded`, if any.
+
+        `told` are notes on what was loaded.
+        """
+        notes = [*self.folder.notes, *told]
         restored = self.checkpoints.restore_latest(self.experiment.abstract_state)
         if restored is None:
             self.state = self.experiment.init(loaded)
@@ -362,6 +366,7 @@ class Trainer:
             "data": self.experiment.stream.state(self.step),
             "stack_vars": self.experiment.stack_vars.at(self.step),
             "ema": self.state.ema is not None,
+            "statistics": self.state.statistics is not None,
             "results": self.results,
         }
         self.checkpoints.save(self.step, self.state, meta, metrics, wait=wait)

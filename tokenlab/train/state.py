@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokenlab.core.errors import NonFiniteError
+from tokenlab.layers.statistics import STATISTICS, join, split
 from tokenlab.sharding import rules
 from tokenlab.sharding.rules import path_of
 from tokenlab.train.optimizer import Optimizer
@@ -54,6 +55,8 @@ class TrainState:
         metrics: sums since the last training record; here so that a run killed between two records goes on with
             the same sums.
         health: the first non-finite value.
+        statistics: what the model knows that training updates and the optimizer does not, by name, see
+            `tokenlab.layers.statistics`; None for a model without.
     """
 
     step: Array
@@ -63,6 +66,7 @@ class TrainState:
     ema: Any
     metrics: Metrics
     health: Health
+    statistics: Any = None
 
 
 def base_key(data: Array) -> Array:
@@ -89,7 +93,8 @@ def create(model: Any, optimizer: Optimizer, metric_names: tuple[str, ...], seed
 
 
 def wrap(params: Any, optimizer: Optimizer, metric_names: tuple[str, ...], key: Array) -> TrainState:
-    """A state at step 0 around given parameters; `key` is key data u32 [2]."""
+    """A state at step 0 around given parameters and, beside them, statistics; `key` is key data u32 [2]."""
+    params, statistics = split(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
@@ -99,6 +104,7 @@ def wrap(params: Any, optimizer: Optimizer, metric_names: tuple[str, ...], key: 
         ema=None if optimizer.ema_decay is None else jax.tree.map(jnp.copy, params),
         metrics=zero_metrics(metric_names),
         health=Health.good(),
+        statistics=statistics,
     )
 
 
@@ -111,29 +117,31 @@ def shardings(abstract: TrainState, model: Any, mesh: Mesh) -> TrainState:
         mesh: axes data, fsdp, tensor, expert.
 
     Returns:
-        A TrainState of NamedSharding; scalars, the key and the metric sums are replicated.
+        A TrainState of NamedSharding; scalars, the key, the metric sums and statistics are replicated.
 
     Raises:
         ShardingError: a leaf no rule matches, or an axis that does not divide.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    params = rules.shardings(abstract.params, model.logical_axes(), mesh)
+    whole = rules.shardings(join(abstract.params, abstract.statistics), model.logical_axes(), mesh)
+    params, statistics = split(whole)
     return jax.tree.map(lambda _: replicated, abstract).replace(
         params=params,
         optimizer=rules.shardings_like(abstract.optimizer, abstract.params, params, mesh),
         ema=None if abstract.ema is None else params,
+        statistics=statistics,
     )
 
 
 def evaluation_params(state: TrainState) -> Any:
-    """The parameters that evaluation uses: the moving average where one is kept."""
-    return state.params if state.ema is None else state.ema
+    """What evaluation uses: the moving average of the parameters where one is kept, and the statistics."""
+    return join(state.params if state.ema is None else state.ema, state.statistics)
 
 
-def leaf_names(batch: Mapping[str, Any], params: Any) -> tuple[str, ...]:
+def leaf_names(batch: Mapping[str, Any], params: Any, statistics: Any = None) -> tuple[str, ...]:
     """What `Health.leaf` counts through, in the order in which one bad value causes the next.
 
-    Batch leaves (those of a floating dtype), the loss, gradients, then parameters after the update.
+    Batch leaves (those of a floating dtype), the loss, gradients, then parameters and statistics after the update.
     """
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return (
@@ -141,6 +149,7 @@ def leaf_names(batch: Mapping[str, Any], params: Any) -> tuple[str, ...]:
         "loss",
         *(f"gradient of {path}" for path in paths),
         *(f"{path} after the update" for path in paths),
+        *(f"{STATISTICS}/{name} after the update" for name in sorted(statistics or ())),
     )
 
 

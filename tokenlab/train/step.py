@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from tokenlab.core.errors import ConfigError
+from tokenlab.layers import statistics
 from tokenlab.train.optimizer import Optimizer, trained
 from tokenlab.train.state import Health, Metrics, TrainState, base_key, checked_inputs
 
@@ -39,20 +40,21 @@ def loss_and_gradients(
     Args:
         model: from `models.build`.
         task: has `loss(model, params, batch, *, rng, train) -> (f32 scalar, {name: (sum, weight)})`.
-        params: f32 parameters.
+        params: f32 parameters, with "statistics" beside them where the model has such.
         batch: name -> [B, ...].
         rng: typed key of this step.
         only: patterns of the parameters that are trained, see `tokenlab.train.optimizer.trained`; of the others the
             gradient is zero, and what would be needed for it alone is not computed.
 
     Returns:
-        Loss (f32 scalar), metrics, gradients like `params`.
+        Loss (f32 scalar), metrics, gradients like `params` without statistics.
     """
+    params, held = statistics.split(params)
     moving = trained(params, only)
 
     def loss(params: Any) -> tuple[Array, Metrics]:
         params = jax.tree.map(lambda leaf, own: leaf if own else jax.lax.stop_gradient(leaf), params, moving)
-        return task.loss(model, params, batch, rng=rng, train=True)
+        return task.loss(model, statistics.join(params, held), batch, rng=rng, train=True)
 
     (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     return value, metrics, gradients
@@ -116,13 +118,16 @@ def metric_names(model: Any, task: Any, params: Any, batch: Batch) -> tuple[str,
         params, batch: arrays or ShapeDtypeStructs.
 
     Raises:
-        ConfigError: the task returns no metric "loss", or a loss that is no f32 scalar.
+        ConfigError: the task returns no metric "loss", a loss that is no f32 scalar, or nothing of a statistic that the
+            model has.
     """
     key = jax.eval_shape(lambda: base_key(jnp.zeros((2,), jnp.uint32)))
     loss, metrics = jax.eval_shape(
         lambda p, b, k: task.loss(model, p, b, rng=k, train=True), params, batch, key
     )
     name = type(task).__name__
+    metrics, said = statistics.taken_out(metrics)
+    statistics.check_observed(model, said, name)
     if loss.shape != () or loss.dtype != jnp.float32:
         raise ConfigError(
             f"task {name} returns a loss of {loss.dtype}{list(loss.shape)}: expected a float32 scalar."
@@ -161,20 +166,21 @@ def train_step(
     a value that is not (or values beyond 1e19, which is no better). The check never reaches the host by itself.
     """
     rng = jax.random.fold_in(base_key(state.key), state.step)
+    whole = statistics.join(state.params, state.statistics)
     if optimizer.accumulate == 1:
-        loss, metrics, gradients = loss_and_gradients(
-            model, task, state.params, batch, rng, only=optimizer.only
-        )
+        loss, metrics, gradients = loss_and_gradients(model, task, whole, batch, rng, only=optimizer.only)
     else:
         loss, metrics, gradients = accumulated(
-            model, task, state.params, batch, rng, optimizer.accumulate, pin, optimizer.only
+            model, task, whole, batch, rng, optimizer.accumulate, pin, optimizer.only
         )
+    metrics, said = statistics.taken_out(metrics)
+    known = statistics.updated(model, state.statistics, said)
     gradients = pin(gradients)
     squares = [_sum_of_squares(leaf) for leaf in jax.tree.leaves(gradients)]
     norm = jnp.sqrt(sum(squares))
     params, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, norm)
     inputs = [_sum_of_squares(batch[name]) for name in checked_inputs(batch)]
-    after = [_sum_of_squares(leaf) for leaf in jax.tree.leaves(params)]
+    after = [_sum_of_squares(leaf) for leaf in jax.tree.leaves((params, known))]
     metrics = {**metrics, "grad_norm": (norm, jnp.ones((), jnp.float32))}
     state = TrainState(
         step=state.step + 1,
@@ -184,6 +190,7 @@ def train_step(
         ema=None if state.ema is None else optimizer.average(state.ema, params, state.step),
         metrics=jax.tree.map(lambda total, new: total + new.astype(jnp.float32), state.metrics, metrics),
         health=_check(state.health, state.step, [*inputs, loss, *squares, *after]),
+        statistics=known,
     )
     rate = jnp.asarray(optimizer.schedule(state.step - 1), jnp.float32)
     return state, Report(loss=loss, learning_rate=rate)
