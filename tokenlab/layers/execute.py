@@ -83,6 +83,7 @@ def run(
     remat: str = "none",
     trace: list[TracePoint] | None = None,
     loads: dict[str, Array] | None = None,
+    entering: dict[int, Tokens | None] | None = None,
 ) -> tuple[Tokens, Aux]:
     """Run a program.
 
@@ -98,12 +99,15 @@ def run(
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
       trace: collects a `TracePoint` at every item; unrolls.
       loads: with `trace`, collects the load of the experts, [E], by the name of their block.
+      entering: gets, for every number of a block among its keys, the tokens that come into it. Such a block stands
+        outside all wrappers.
 
     Returns:
       tokens after the last step; losses and metrics.
 
     Raises:
-      ShapeError: another number of tokens than the program was built for.
+      ShapeError: another number of tokens than the program was built for, or `entering` asks for what is no block
+        outside all wrappers.
       ConfigError: an unknown `execution` or `remat`.
     """
     if tokens.count != program.present:
@@ -111,8 +115,12 @@ def run(
     if remat != "none" and remat not in REMAT_POLICIES:
         raise ConfigError(f"remat {remat!r} is unknown.{suggest(remat, ['none', *REMAT_POLICIES])}")
     folded = trace is None and resolve_execution(execution, program.depth) == "scan"
-    steps = program.folded() if folded else program.steps
-    runner = _Runner(context, remat, trace, loads, state.get(SHARED, {}))
+    entering = {} if entering is None else entering
+    outside = {step.index for step in program.steps if isinstance(step, BlockStep)}
+    if missing := sorted(set(entering) - outside):
+        raise ShapeError(f"stack: block {missing[0]} is none of those outside wrappers, {sorted(outside)}.")
+    steps = program.folded(entering) if folded else program.steps
+    runner = _Runner(context, remat, trace, loads, state.get(SHARED, {}), entering)
     tokens, aux, _ = runner.steps(steps, stacks_of(program, state, drop_path, drop_path_rates), tokens)
     return tokens, aux
 
@@ -200,9 +208,10 @@ class _Runner:
         trace: list[TracePoint] | None,
         loads: dict[str, Array] | None,
         shared: Mapping[str, Any],
+        entering: dict[int, Tokens | None],
     ):
         self.context, self.remat, self.trace, self.loads = context, remat, trace, loads
-        self.shared = shared
+        self.shared, self.entering = shared, entering
 
     def steps(
         self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens, seen: Tokens | None = None
@@ -212,6 +221,8 @@ class _Runner:
         for step, own in zip(steps, _split(stacks, [step.uses() for step in steps]), strict=True):
             match step:
                 case BlockStep():
+                    if step.index in self.entering:
+                        self.entering[step.index] = tokens
                     tokens, more, readings = self.block(step, own, tokens, seen if step.seen else None)
                 case ItemStep():
                     tokens, more = self.item(step, own, tokens, readings)

@@ -136,6 +136,11 @@ class Item:
     train_only: bool = field(default=False, kw_only=True)
 
     @property
+    def expects(self) -> tuple[str, ...]:
+        """Metrics that the task returns in training when it does what the item's arguments ask of it."""
+        return ()
+
+    @property
     def causal(self) -> bool:
         """What becomes of a token does not depend on those after it: here, when all scores are causal."""
         return bool(self.scores()) and all(score.causal for score in self.scores())

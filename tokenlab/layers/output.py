@@ -25,6 +25,7 @@ class Output:
       trace: tokens at every reduction, when `record` was asked for. Static.
       loads: name of the block -> [E], the share of work of each of its experts, when `record` was asked for.
       places: [B, N] int32, of a language model: where in the sequence the tokens of the logits stand.
+      entering: number of a block -> what comes into it, [B, N, D], where that was asked for.
     """
 
     logits: Array
@@ -34,6 +35,7 @@ class Output:
     trace: tuple[TracePoint, ...] = struct.field(pytree_node=False, default=())
     loads: Mapping[str, Array] = struct.field(default_factory=dict)
     places: Array | None = None
+    entering: Mapping[int, Array] = struct.field(default_factory=dict)
 
     @property
     def losses(self) -> Mapping[str, Array]:

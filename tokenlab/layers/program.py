@@ -7,7 +7,7 @@ checkpoint of `block*12` serves every stack of 12 blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -196,9 +196,16 @@ class Program:
     present: int
     after: int
 
-    def folded(self) -> tuple[Step, ...]:
-        """The steps with equal neighbours folded into loops, for `lax.scan`."""
-        return fold(self.steps)
+    def folded(self, apart: Collection[int] = ()) -> tuple[Step, ...]:
+        """The steps with equal neighbours folded into loops, for `lax.scan`; blocks numbered in `apart` stand alone."""
+        found: tuple[Step, ...] = ()
+        waiting: tuple[Step, ...] = ()
+        for step in self.steps:
+            if isinstance(step, BlockStep) and step.index in apart:
+                found, waiting = (*found, *fold(waiting), step), ()
+            else:
+                waiting = (*waiting, step)
+        return (*found, *fold(waiting))
 
     def flat(self) -> list[BlockStep | ItemStep]:
         """Every block and item in the order of execution, bodies and items between halves included."""

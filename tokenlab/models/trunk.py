@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,14 @@ class Ran(NamedTuple):
       aux: losses and metrics of what the stack holds.
       trace: the tokens at every reduction, where they were recorded.
       loads: the load of experts by block, where it was recorded.
+      entering: what comes into blocks, [B, N, D] by their number, where it was asked for.
     """
 
     tokens: Tokens
     aux: Aux
     trace: tuple[execute.TracePoint, ...]
     loads: dict[str, Array]
+    entering: dict[int, Array]
 
 
 class Trunk:
@@ -121,6 +124,10 @@ class Trunk:
         """The stack in canonical spelling, its variables replaced by numbers."""
         return str(self.program.stack)
 
+    def rebuilt(self, *, train: bool) -> Self:
+        """The same model, of the same weights, with (True) or without (False) the `train_only` items of its stack."""
+        return dataclasses.replace(self, train=train)
+
     def parsed(self, depth: int) -> Stack:
         """The settings' stack, or `depth` blocks. Raises StackError for a variable that it does not use."""
         text = self.settings.stack if self.settings.stack is not None else f"block*{depth}"
@@ -141,6 +148,7 @@ class Trunk:
         record: bool = False,
         execution: Execution | None = None,
         remat: Remat | None = None,
+        entering: Collection[int] = (),
     ) -> Ran:
         """Run the stack on what was embedded.
 
@@ -150,6 +158,7 @@ class Trunk:
           context: of this step.
           record: collect the tokens at every reduction, and the load of experts (unrolls the stack).
           execution, remat: in place of the settings'.
+          entering: numbers of blocks outside all wrappers of which to return what comes into them.
         """
         # Every leaf the stack will need exists before its first scan.
         shape = tokens.position.shape
@@ -163,6 +172,7 @@ class Trunk:
             tokens = tokens.replace(owner=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape))
         trace: list[execute.TracePoint] = []
         loads: dict[str, Array] = {}
+        states: dict[int, Tokens | None] = dict.fromkeys(entering)
         tokens, aux = execute.run(
             self.program,
             state,
@@ -174,8 +184,9 @@ class Trunk:
             remat=remat or self.settings.remat,
             trace=trace if record else None,
             loads=loads,
+            entering=states,
         )
-        return Ran(tokens, aux, tuple(trace), loads)
+        return Ran(tokens, aux, tuple(trace), loads, {index: held.x for index, held in states.items()})
 
     # ------------------------------------------------------------------------------------------ weights
 

@@ -37,6 +37,9 @@ class _Unrolled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def rebuilt(self, **how: Any) -> _Unrolled:
+        return _Unrolled(self._model.rebuilt(**how))
+
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._model.program is not None:
             kwargs["execution"] = "unroll"

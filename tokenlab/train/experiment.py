@@ -112,6 +112,11 @@ class Experiment:
         """The model of the first step."""
         return self.models[self.values(0)]
 
+    @property
+    def usual_model(self) -> Any:
+        """The model of the first step, but where numbers alternate of the steps between."""
+        return self.models.get(schedule.values_key(self.stack_vars.usual(0)), self.model)
+
     def eval_model(self, at: int) -> Any:
         """The model that evaluation uses after `at` steps: `config.eval.stack`, or the stack of the last step.
 
@@ -269,11 +274,13 @@ class Experiment:
         """What run.json says of this run, beside its environment; of JSON values."""
         params = jax.tree.leaves(self.abstract_state.params)
         if not self._tables:  # the same for every seed
-            table = costs.cost_table(self.model, self.task, self.source.spec, only=self.optimizer.only)
+            table = costs.cost_table(
+                self.usual_model, self.task, self.source.spec, only=self.optimizer.only
+            )
             self._tables.append(table.to_json())
         return {
             "parameters": sum(math.prod(leaf.shape) for leaf in params),
-            "stack": self.model.stack_text,
+            "stack": self.usual_model.stack_text,
             **self._planned(),
             "eval_stack": self.eval_model(0).stack_text,
             "tokens_per_example": self.model.tokens_per_example,

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from tokenlab.core.errors import ConfigError
 from tokenlab.layers import statistics
+from tokenlab.layers.program import ItemStep, steps_of
 from tokenlab.train.optimizer import Optimizer, trained
 from tokenlab.train.state import Health, Metrics, TrainState, base_key, checked_inputs
 
@@ -118,8 +119,8 @@ def metric_names(model: Any, task: Any, params: Any, batch: Batch) -> tuple[str,
         params, batch: arrays or ShapeDtypeStructs.
 
     Raises:
-        ConfigError: the task returns no metric "loss", a loss that is no f32 scalar, or nothing of a statistic that the
-            model has.
+        ConfigError: the task returns no metric "loss", a loss that is no f32 scalar, nothing of a statistic that the
+            model has, or not what an item of its stack expects.
     """
     key = jax.eval_shape(lambda: base_key(jnp.zeros((2,), jnp.uint32)))
     loss, metrics = jax.eval_shape(
@@ -136,6 +137,13 @@ def metric_names(model: Any, task: Any, params: Any, batch: Batch) -> tuple[str,
         raise ConfigError(
             f"task {name} returns metrics {sorted(metrics)}: expected 'loss' among them, as (sum, weight)."
         )
+    for each in steps_of(model) if getattr(model, "program", None) is not None else ():
+        expected = each.item.expects if isinstance(each, ItemStep) and each.active else ()
+        if lacking := sorted(set(expected) - set(metrics)):
+            raise ConfigError(
+                f"{each.kind[1]} in the stack expects {lacking[0]!r} of the task, and {name} knows nothing of it: expected"
+                f" another config.task.name, such as {each.kind[1]!r}, or other arguments of {each.kind[1]}."
+            )
     return tuple(sorted({*metrics, "grad_norm"}))
 
 
