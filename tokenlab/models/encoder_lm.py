@@ -14,7 +14,7 @@ product with the vocabulary is K / N of what it would be. With "classify" they a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.norm import NORMS, NormPlacement
 from tokenlab.layers.output import Output
+from tokenlab.layers.statistics import Vocabulary
 from tokenlab.layers.vocabulary import EncoderEmbed, MaskedLMHead, PooledHead
 from tokenlab.models import Names
 from tokenlab.models.trunk import Execution, Remat, Trunk
@@ -77,6 +78,8 @@ class EncoderLMConfig:
       dropout: rate in training, in [0, 1): of the embedding, of what each half of a block adds and of what the
         classifier reads. Attention weights are not dropped.
       kernel_std: standard deviation of fresh kernels and tables, > 0.
+      always_kept, first_dropped: ids whose tokens an item that ranks by ids (`by=importance`) drops last, and first:
+        those of the special tokens. With the byte tokenizer (256, 258, 259) and (257,).
       dtype: "float32" or "bfloat16" for computation; parameters, softmax, norms and losses are float32 always.
       execution: "auto", "scan" or "unroll".
       remat: "none", "full" or "dots".
@@ -98,6 +101,8 @@ class EncoderLMConfig:
     activation: str = "gelu"
     dropout: float = 0.0
     kernel_std: float = 0.02
+    always_kept: tuple[int, ...] = ()
+    first_dropped: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     execution: Execution = "auto"
     remat: Remat = "none"
@@ -205,6 +210,11 @@ class EncoderLM(Trunk):
             return PooledHead(self.num_outputs, dropout=s.dropout, **common)
         return MaskedLMHead(self.num_outputs, self.rows, activation=s.activation, **common)
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What scores that rank by ids know of them."""
+        return Vocabulary(self.vocab_size, self.settings.always_kept, self.settings.first_dropped)
+
     def make_program(self) -> program.Program:
         """The stack, worked out for sequences of N tokens."""
         s = self.settings
@@ -266,6 +276,7 @@ class EncoderLM(Trunk):
         record: bool = False,
         execution: Execution | None = None,
         remat: Remat | None = None,
+        entering: Collection[int] = (),
     ) -> Output:
         """One forward pass.
 
@@ -277,6 +288,7 @@ class EncoderLM(Trunk):
             place in the row, "type" [B, N] int32 in place of 0. "predict" [B, K] int32: of which places the logits
             are wanted; without it of all that are left.
           train, rng, record, execution, remat: as in `tokenlab.models.vit.ViT.apply`.
+          entering: numbers of blocks outside all wrappers; what comes into them is in `Output.entering`.
 
         Returns:
           `Output` with `features` [B, D] and `tokens` [B, N', D], of what is there at the end. Of a head "masked_lm"
@@ -290,16 +302,11 @@ class EncoderLM(Trunk):
         if ids.ndim != 2 or ids.shape[1] != self.length:
             raise ShapeError(f"encoder_lm: built for ids [B, {self.length}], got {list(ids.shape)}.")
         context = Context(jax.random.key(0) if rng is None else rng, train)
-        ran = self.run(
-            state,
-            self.embedded(state, batch, context),
-            context,
-            record=record,
-            execution=execution,
-            remat=remat,
-        )
+        tokens = self.embedded(state, batch, context)
+        how = {"record": record, "execution": execution, "remat": remat, "entering": entering}
+        ran = self.run(state, tokens, context, **how)
         logits, features, places, normed = self.ended(state, ran.tokens, batch, context)
-        return Output(logits, features, normed, ran.aux, ran.trace, ran.loads, places)
+        return Output(logits, features, normed, ran.aux, ran.trace, ran.loads, places, ran.entering)
 
     def embedded(self, state: Mapping[str, Any], batch: Mapping[str, Array], context: Context) -> Tokens:
         """What the stack begins with; arguments as of `apply`."""

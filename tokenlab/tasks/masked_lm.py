@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from tokenlab.core.errors import ConfigError
+from tokenlab.layers import statistics
 from tokenlab.layers.context import name_seed
 from tokenlab.ops import hide
 from tokenlab.ops.gather import gather
@@ -178,6 +179,8 @@ class MaskedLM:
         found = judged(output, batch)
         value = jnp.sum(found.nats) / jnp.maximum(jnp.sum(found.weight), 1.0)
         metrics = metrics_of(found, batch)
+        if train:
+            metrics |= statistics.observed(model, found.label, found.nats, found.weight)
         for name, more in output.losses.items():
             value = value + more
             metrics[name] = (more, jnp.float32(1))
