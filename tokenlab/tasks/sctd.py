@@ -97,12 +97,8 @@ class SctdTask(MaskedLM):
         )
         if train:
             rows = jnp.sum(batch["mask"])
-            names = ("kl_penultimate", "kl_last")
-            metrics |= (
-                {name: (kl, rows) for name, kl in zip(names, kls, strict=True)}
-                if kls
-                else {name: none for name in names}
-            )
+            pairs = [(kl, rows) for kl in kls] or [none, none]
+            metrics |= dict(zip(("kl_penultimate", "kl_last"), pairs, strict=True))
             metrics |= statistics.observed(model, found.label, found.nats, found.weight)
         else:
             metrics |= _cosine(model, params, batch, rng, output)
