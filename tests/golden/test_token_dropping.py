@@ -44,11 +44,22 @@ def encoder(sizes: dict[str, Any], stack: str, *, train: bool = True, **settings
     )
 
 
-def stacked(layers: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
+def kept(model: Any, state: Any, batch: Any) -> jax.Array:
+    """Positions of the tokens inside the body, [B, K]."""
+
+    def positions(state: Any) -> jax.Array:
+        trace = model.apply(state, batch, train=True, record=True).trace
+        return next(point for point in trace if point.inside).tokens.position
+
+    return jax.jit(positions)(state)
 
 
-# ------------------------------------------------------------------------------------------------ the BERT of the authors
+def run(model: Any, state: Any, batch: Any, **how: Any) -> Any:
+    """The output of a training step's forward pass."""
+    return jax.jit(lambda state: model.apply(state, batch, train=True, **how))(state)
+
+
+# ------------------------------------------------------------------------------------------------ token dropping
 
 
 def bert_model(body: int = 3, after: int = 1, *, train: bool = True, stack: str = BERT_STACK) -> Any:
@@ -158,9 +169,7 @@ def test_bert_what_is_kept_and_its_order() -> None:
     np.testing.assert_array_equal(keep, BERT["mid/selected"])
     np.testing.assert_array_equal(drop, BERT["mid/not_selected"])
     model = bert_model()
-    inside = model.apply(bert_state(), BERT_BATCH, train=True, record=True).trace[0]
-    assert inside.inside
-    np.testing.assert_array_equal(inside.tokens.position, BERT["mid/selected"])
+    np.testing.assert_array_equal(kept(model, bert_state(), BERT_BATCH), BERT["mid/selected"])
 
 
 def test_bert_outputs(bert: tuple[Any, Any]) -> None:
@@ -176,10 +185,8 @@ def test_bert_states_block_by_block(bert: tuple[Any, Any]) -> None:
     output, _ = bert
     dense = bert_model(stack="block*2", train=True)
     model_state = bert_state(range(2))
-    np.testing.assert_allclose(
-        dense.apply(model_state, BERT_BATCH, entering=(0, 1)).entering[0], BERT["mid/embeddings"], atol=5e-5
-    )
-    found = dense.apply(model_state, BERT_BATCH, entering=(1,))
+    found = run(dense, model_state, BERT_BATCH, entering=(0, 1))
+    np.testing.assert_allclose(found.entering[0], BERT["mid/embeddings"], atol=5e-5)
     np.testing.assert_allclose(found.entering[1], BERT["mid/encoder_output0"], atol=5e-5)
     np.testing.assert_allclose(found.tokens, BERT["mid/encoder_output1"], atol=5e-5)
     rows = np.arange(B_SIZES["B"])[:, None]
@@ -192,9 +199,7 @@ def test_bert_states_block_by_block(bert: tuple[Any, Any]) -> None:
     )
     for body in (1, 2):
         short = BERT_STACK.partition(" + block*{after}")[0]
-        tokens = (
-            bert_model(body, stack=short).apply(bert_state(range(2 + body)), BERT_BATCH, train=True).tokens
-        )
+        tokens = run(bert_model(body, stack=short), bert_state(range(2 + body)), BERT_BATCH).tokens
         np.testing.assert_allclose(
             np.asarray(tokens)[rows, BERT["mid/selected"]], BERT[f"mid/encoder_output{1 + body}"], atol=5e-5
         )
@@ -219,7 +224,7 @@ def leaves(tree: Any) -> Any:
 
 
 def test_bert_importance() -> None:
-    """rtol 1e-6: at first, after an update by all slots as the reference's (padding drifts), and by those that count."""
+    """To rtol 1e-6: at first, by all slots as the reference has it (padding drifts), and by those that count."""
     known = TokenImportance(B_SIZES["V"], tuple(B_SIZES["allow"]), tuple(B_SIZES["deny"]))
     np.testing.assert_array_equal(known.init(), BERT["mid/initial_importance"])
     before = jnp.asarray(BERT["inputs/importance"])
@@ -331,7 +336,7 @@ class Given(SctdTask):
 
 @pytest.mark.parametrize("compat", [False, True], ids=["paper", "code"])
 def test_sctd_loss_and_gradients(compat: bool) -> None:
-    """Of a step that aligns, losses to rtol 1e-5 and gradients to atol 1e-4 and rtol 1e-3; and the new importance."""
+    """Of a step that aligns: losses to rtol 1e-5, gradients to atol 1e-4 and rtol 1e-3, the new importance."""
     model, task = sctd_model(), Given(SctdConfig(reference_compat=compat))
     batch, state = sctd_batch(), sctd_state()
     held = state.pop(STATISTICS)
@@ -370,10 +375,10 @@ def test_sctd_loss_and_gradients(compat: bool) -> None:
 def test_sctd_states() -> None:
     """Indices exactly, states of real tokens to 2e-5 (the reference sets the embedding of padding to 0), logits too."""
     model, batch, state = sctd_model(), sctd_batch(), sctd_state()
-    point = model.apply(state, batch, train=True, record=True).trace[0]
-    np.testing.assert_array_equal(point.tokens.position, SCTD["mid/keep_index"])
-    output = jax.jit(lambda s: model.apply(s, batch, train=True, entering=(0, 1, LAST)))(state)
-    dense = jax.jit(lambda s: model.rebuilt(train=False).apply(s, batch, train=True, entering=(LAST,)))(state)
+    np.testing.assert_array_equal(kept(model, state, batch), SCTD["mid/keep_index"])
+    everywhere = {key: leaf for key, leaf in batch.items() if key != "predict"}
+    output = run(model, state, everywhere, entering=(0, 1, LAST))
+    dense = run(model.rebuilt(train=False), state, batch, entering=(LAST,))
     for found, name in (
         (output.entering[0], "sparse_state0"),
         (output.entering[1], "sparse_state1"),
@@ -385,21 +390,19 @@ def test_sctd_states() -> None:
         np.testing.assert_allclose(real, SCTD[f"mid/{name}"][SCTD_VALID], atol=2e-5, err_msg=name)
     rows, keep = np.arange(3)[:, None], SCTD["mid/keep_index"]
     there = SCTD_VALID[rows, keep]
-    kept = np.asarray(output.entering[LAST])[rows, keep]
-    np.testing.assert_allclose(kept[there], SCTD["mid/sparse_state5"][there], atol=2e-5)
+    inside = np.asarray(output.entering[LAST])[rows, keep]
+    np.testing.assert_allclose(inside[there], SCTD["mid/sparse_state5"][there], atol=2e-5)
     rest = np.asarray(output.entering[LAST])[rows, SCTD["mid/drop_index"]]
     np.testing.assert_allclose(rest, SCTD["mid/sparse_state2"][rows, SCTD["mid/drop_index"]], atol=2e-5)
     for body in (1, 2):
         short = SCTD_STACK.partition(" + block*{after}")[0]
-        part = sctd_model(0, body, stack=short).apply(sctd_state(range(2 + body)), batch, train=True)
-        kept = np.asarray(part.tokens)[rows, keep]
-        np.testing.assert_allclose(kept[there], SCTD[f"mid/sparse_state{2 + body}"][there], atol=2e-5)
-    everywhere = {key: leaf for key, leaf in batch.items() if key != "predict"}
-    logits = model.apply(state, everywhere, train=True).logits
-    np.testing.assert_allclose(
-        np.asarray(logits)[SCTD_VALID], SCTD["outputs/logits_sparse"][SCTD_VALID], atol=2e-5
-    )
-    found = judged(output, batch)
+        part = run(sctd_model(0, body, stack=short), sctd_state(range(2 + body)), batch)
+        inside = np.asarray(part.tokens)[rows, keep]
+        np.testing.assert_allclose(inside[there], SCTD[f"mid/sparse_state{2 + body}"][there], atol=2e-5)
+    logits = np.asarray(output.logits)
+    np.testing.assert_allclose(logits[SCTD_VALID], SCTD["outputs/logits_sparse"][SCTD_VALID], atol=2e-5)
+    places = batch["predict"]
+    found = judged(output.replace(logits=output.logits[rows, places], places=places), batch)
     np.testing.assert_allclose(np.ravel(found.nats), SCTD["outputs/masked_losses"], rtol=1e-5)
     np.testing.assert_array_equal(np.ravel(found.label), SCTD["outputs/masked_labels"])
 
@@ -418,6 +421,6 @@ def test_sctd_steps_that_do_not_align_compute_nothing_dense() -> None:
     """Their loss is the sparse cross-entropy and they read nothing else."""
     model, task = sctd_model(align=0), Given(SctdConfig())
     batch, state = sctd_batch(), sctd_state()
-    value, metrics = task.loss(model, state, batch, rng=jax.random.key(0), train=True)
+    value, metrics = jax.jit(lambda s: task.loss(model, s, batch, rng=jax.random.key(0), train=True))(state)
     np.testing.assert_allclose(value * SCTD_VALID.sum(), SCTD["outputs/ce_sparse"], rtol=1e-5)
     assert all(float(metrics[name][1]) == 0 for name in ("dense_loss", "kl_penultimate", "kl_last"))

@@ -141,7 +141,7 @@ def metric_names(model: Any, task: Any, params: Any, batch: Batch) -> tuple[str,
         expected = each.item.expects if isinstance(each, ItemStep) and each.active else ()
         if lacking := sorted(set(expected) - set(metrics)):
             raise ConfigError(
-                f"{each.kind[1]} in the stack expects {lacking[0]!r} of the task, and {name} knows nothing of it: expected"
+                f"{each.kind[1]} in the stack expects {lacking[0]!r} of the task, and {name} does not give it: expected"
                 f" another config.task.name, such as {each.kind[1]!r}, or other arguments of {each.kind[1]}."
             )
     return tuple(sorted({*metrics, "grad_norm"}))

@@ -3,8 +3,8 @@
 Claim: token dropping alone loses what a whole sentence means, seen on sentiment and similarity; with the loss below it
 gains up to 1.56 % on average over 12 tasks, at up to 57 % less time than dense pretraining (the authors' abstract).
 
-Steps are those of `token_dropping`, with importances that move faster (beta 0.95). At every F-th step (F = 10), update 0
-included, the same weights also run dense on the same batch, with draws of their own, and
+Steps are those of `token_dropping`, with importances that move faster (beta 0.95). At every F-th step (F = 10, update 0
+included) the same weights also run dense on the same batch, with draws of their own, and
 
     L = m CE_dense + (1 - m) CE_sparse + lambda (KL_penultimate + KL_last)       m = 1/2, lambda = 0.05
     KL = sum_b sum_d p (log p - log q)       p = softmax(dense CLS state), q = softmax(sparse CLS state), over D
