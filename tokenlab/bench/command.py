@@ -139,7 +139,8 @@ def _of_config(config: ConfigDict, name: str, batch: int | None) -> tuple[Settin
         mesh=experiment.mesh,
         batch=experiment.put(experiment.stream.batch(0)),
     )
-    dense = Case.of("dense", f"block*{trained.program.depth}")
+    stack = f"block*{trained.program.depth}"
+    dense = Case("dense", stack, stack, getattr(trained, "dense_settings", {}))
     return setting, dense, [Case(name, trained.stack_text, evaluated.stack_text)]
 
 

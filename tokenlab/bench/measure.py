@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ VERSIONS = ("tokenlab", "python", "jax", "jaxlib", "flax")
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure: a name for tables, and its stack in training and at inference."""
+    """Something to measure: a name for tables, its stack in training and at inference, and other settings of its model.
+
+    Attributes:
+      model: keys of `config.model` in which it differs from the setting.
+    """
 
     name: str
     train: str
     inference: str
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, stack: str) -> Case:
@@ -100,7 +105,12 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """The records of one mode; the first case is the dense one. What it holds in memory is free when it returns."""
     shelf = Shelf()
-    ways = {case.name: prepare_each(setting, case.stack(mode), mode, shelf, note) for case in cases}
+    ways = {
+        case.name: prepare_each(
+            replace(setting, model={**setting.model, **case.model}), case.stack(mode), mode, shelf, note
+        )
+        for case in cases
+    }
     runs = {(name, how): arm.run for name, arms in ways.items() for how, arm in arms.items()}
     dtype = setting.model.get("dtype", "float32")
     before = measured_peaks(dtype)

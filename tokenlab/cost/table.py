@@ -97,8 +97,9 @@ class CostTable:
 
         A scope path belongs to the row that its last component with a row's name names, and to "other" if there is
         none: "skip_00/block_05/mlp" costs block_05, whose tokens it works on, and scopes around the whole model do no
-        harm. Below the row it is of the longest of `kinds` whose components it contains in their order (so scopes in
-        between, such as the names of Linen modules, do no harm), and of kind "other" if there is none.
+        harm. A row may have the name of a path, "decoder/block_00", which goes before that of its end. Below the row it
+        is of the longest of `kinds` whose components it contains in their order (so scopes in between, such as the
+        names of Linen modules, do no harm), and of kind "other" if there is none.
 
         Args:
           scopes_forward, scopes_train: FLOPs by scope path: `Cost.by_scope` of the forward pass and of the train step.
@@ -285,9 +286,10 @@ def _checked(scopes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 def _row_of(path: str, names: Sequence[str]) -> tuple[str, list[str]]:
     parts = path.split("/")
-    for index in reversed(range(len(parts))):
-        if parts[index] in names:
-            return parts[index], parts[index + 1 :]
+    for end in range(len(parts), 0, -1):
+        for start in range(end):  # the longest first: "decoder/block_00" is no "block_00"
+            if (name := "/".join(parts[start:end])) in names:
+                return name, parts[end:]
     return OTHER, parts
 
 

@@ -42,8 +42,9 @@ def run(
         stack to evaluate with, or several with ";" between them; by default it is the one that the run evaluates with.
       split: of the data.
       json: file for the result; replaced as a whole or not at all.
-      pictures: True draws report.png and, for a stack that reduces tokens, tokens.png, for a tokenizer of pictures
-        reconstructions.png in the workdir; "all" draws predictions.png, calibration.png and confusion.png too.
+      pictures: True draws report.png and, for a stack that reduces tokens, tokens.png, for a tokenizer of pictures or
+        a masked autoencoder reconstructions.png in the workdir; "all" draws predictions.png, calibration.png and
+        confusion.png too.
       checkpoint: "latest", "best" or a step.
       per_class: also print a table of the classes.
       probes: "knn", "linear" or "knn,linear": what to learn from the features of the train split.
@@ -85,7 +86,8 @@ def run(
 def draw(
     trained: Sequence[Trained], measured: Sequence[Measured], workdir: Path, split: str, *, everything: bool
 ) -> list[str]:
-    """Draw report.png, for stacks that reduce tokens tokens.png, for pictures as codes reconstructions.png.
+    """Draw report.png, for stacks that reduce tokens tokens.png, for pictures as codes or with hidden patches
+    reconstructions.png.
 
     Args:
       trained: stacks on the same weights.
@@ -115,6 +117,10 @@ def draw(
     if codes.gives_codes(trained[0]):
         found = measured[0].result
         title = f"{split}: psnr {found['psnr']:.2f} dB, {found['codes_used']} of {found['codes']} codes used"
+        written.append(reconstructions.draw(workdir / "reconstructions.png", trained[0], split, title))
+    elif reconstructions.masks(trained[0]):
+        found = measured[0].result
+        title = f"{split}: loss {found['loss']:.4f}"
         written.append(reconstructions.draw(workdir / "reconstructions.png", trained[0], split, title))
     elif "image" in source.spec:
         batch = tokens_picture.examples(source, split)

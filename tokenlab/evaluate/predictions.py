@@ -27,8 +27,8 @@ class Predictions:
     Attributes:
       metrics: of the task: name -> weighted mean over the examples, summed in float64 over batches.
       logits: [n, C] float32; None where the model gives no vector an example.
-      features: what the head reads, [n, D] float32; None where the task does not use the model's `apply`, or the head
-        reads more than a vector an example.
+      features: what the head reads, [n, D] float32; None where they are not asked for, the task does not use the
+        model's `apply`, or the head reads more than a vector an example.
       labels: [n] int32; None where the data has no "label".
       index: [n] int64: number of each example within the split. Padding is left out, and so is an example that the
         data says to skip (`batch["mask"]` is 0).
@@ -66,7 +66,13 @@ class _Kept:
 
 
 def predict(
-    evaluators: Sequence[Evaluator], params: Sequence[Any], source: data.Source, split: str, batch_size: int
+    evaluators: Sequence[Evaluator],
+    params: Sequence[Any],
+    source: data.Source,
+    split: str,
+    batch_size: int,
+    *,
+    features: bool = True,
 ) -> list[Predictions]:
     """Run several models over a split that is read once.
 
@@ -76,6 +82,7 @@ def predict(
       source: of the data.
       split: of it.
       batch_size: rows of a batch over all devices, a multiple of the evaluators' `shards`; the last batch is padded.
+      features: False leaves them out, and what would be computed for them alone.
 
     Returns:
       An entry an evaluator; the same, and whole, on every process.
@@ -87,7 +94,8 @@ def predict(
     mesh = evaluators[0].mesh
     rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"]))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    steps = [_make_step(evaluator, rows, everywhere) for evaluator in evaluators]
+    wanted = ("features", "logits") if features else ("logits",)
+    steps = [_make_step(evaluator, rows, everywhere, wanted) for evaluator in evaluators]
     found: list[list[Any]] = [[] for _ in steps]
     seconds: list[list[float]] = [[] for _ in steps]
     common: list[dict[str, np.ndarray]] = []
@@ -118,13 +126,13 @@ def predict(
     for evaluator, each, spent in zip(evaluators, found, seconds, strict=True):
         sums = [part["sums"] for part in each]
         totals = jax.tree.map(lambda *leaves: float(np.sum(leaves, dtype=np.float64)), *sums)
-        logits, features = (_rows_of(each, key, real) for key in ("logits", "features"))
+        logits, vectors = (_rows_of(each, key, real) for key in ("logits", "features"))
         if logits is not None:
             _check_finite(logits, source, split)
         speed = batch_size / float(np.median(spent[1:]))
         left_out = len(source.split(split)) - len(index)
         results.append(
-            Predictions(means(totals, evaluator.task), logits, features, labels, index, speed, left_out)
+            Predictions(means(totals, evaluator.task), logits, vectors, labels, index, speed, left_out)
         )
     return results
 
@@ -146,7 +154,7 @@ def put(evaluators: Sequence[Evaluator], params: Sequence[Any]) -> list[Any]:
 
 
 def _make_step(
-    evaluator: Evaluator, rows: NamedSharding, everywhere: NamedSharding
+    evaluator: Evaluator, rows: NamedSharding, everywhere: NamedSharding, wanted: Sequence[str]
 ) -> Callable[..., dict[str, Any]]:
     """The compiled (params, batch, number of the batch) -> sums of the metrics, logits, features, mask, label."""
 
@@ -156,7 +164,7 @@ def _make_step(
         _, sums = evaluator.task.loss(model, params, batch, rng=rng, train=False)
         kept = {key: batch[key] for key in ("mask", "label") if key in batch}
         if model.output is not None:
-            for key in ("features", "logits"):
+            for key in wanted:
                 if (leaf := getattr(model.output, key)).ndim == 2:
                     kept[key] = leaf.astype(jnp.float32)
         return {"sums": sums, **kept}

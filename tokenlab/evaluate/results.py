@@ -76,7 +76,7 @@ def measure_each(trained: Sequence[Trained], split: str, probes: Sequence[str] =
     shards = evaluators[0].shards
     rows = -(-first.config.eval.batch_size // shards) * shards
     params = predictions.put(evaluators, [each.params for each in trained])
-    found = predictions.predict(evaluators, params, first.source, split, rows)
+    found = predictions.predict(evaluators, params, first.source, split, rows, features=bool(probes))
     measured = [_measured(each, said, split) for each, said in zip(trained, found, strict=True)]
     for each, stack in zip(measured, trained, strict=True):
         if codes.gives_codes(stack):

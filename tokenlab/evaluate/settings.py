@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "model.dtype",
     "model.attention",
     "model.leaks",
+    "model.keep",
     "model.position_grid",
     "eval.stack",
     "eval.batch_size",

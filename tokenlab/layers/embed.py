@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -33,6 +34,27 @@ def patchify(image: Array, patch: int) -> Array:
     h, w = rows // patch, columns // patch
     split = image.reshape(-1, h, patch, w, patch, image.shape[-1])  # b h p w q c
     return split.transpose(0, 1, 3, 2, 4, 5).reshape(-1, h * w, patch * patch * image.shape[-1])
+
+
+def unpatchify(patches: Array, grid: tuple[int, int], channels: int) -> Array:
+    """The inverse of `patchify`: [B, h*w, p*p*C] -> [B, h*p, w*p, C].
+
+    Args:
+      patches: row by row.
+      grid: (h, w).
+      channels: C.
+
+    Raises:
+      ShapeError: there are not h*w patches, or their values are no square of C channels.
+    """
+    h, w = grid
+    side = math.isqrt(patches.shape[-1] // channels)
+    if patches.ndim != 3 or patches.shape[1] != h * w or side * side * channels != patches.shape[-1]:
+        raise ShapeError(
+            f"unpatchify: got {patches.shape}; expected [B, {h * w}, p*p*{channels}] for a grid of {h}x{w}."
+        )
+    split = patches.reshape(-1, h, w, side, side, channels)
+    return split.transpose(0, 1, 3, 2, 4, 5).reshape(-1, h * side, w * side, channels)
 
 
 class PatchEmbed(nn.Module):

@@ -17,14 +17,15 @@ class Output:
 
     Attributes:
       logits: [B, outputs], float32; of a language model [B, N, V], what follows each token; of a model of pictures
-        [B, H, W, C].
+        [B, H, W, C]; of a masked autoencoder [B, N, p*p*C].
       features: what the head reads, [B, D], after the final norm; of a language model [B, N, D]; of a model of pictures
         [B, h, w, D], what its codes stand for.
       tokens: all tokens after the final norm [B, N, D].
       aux: losses (weighted already) and metrics of the model's parts.
       trace: tokens at every reduction, when `record` was asked for. Static.
       loads: name of the block -> [E], the share of work of each of its experts, when `record` was asked for.
-      places: [B, N] int32, of a language model: where in the sequence the tokens of the logits stand.
+      places: [B, N] int32, of a language model: where in the sequence the tokens of the logits stand; of a masked
+        autoencoder [B, K]: which patches it saw.
       entering: number of a block -> what comes into it, [B, N, D], where that was asked for.
     """
 

@@ -17,6 +17,9 @@ from tokenlab.core.patterns import fits
 from tokenlab.layers.statistics import STATISTICS
 from tokenlab.sharding.rules import path_of
 
+OF_PRETRAINING = ("decoder",)
+"""Groups of weights that a masked autoencoder needs beside its encoder: a model without them leaves them out."""
+
 
 def flat(tree: Any) -> dict[str, Any]:
     """The leaves of nested dicts by path, "head/kernel"."""
@@ -45,11 +48,13 @@ def fit_state(
 
     Returns:
       path -> leaf of `saved`, for every leaf of `wanted` that is not under `fresh`; and notes to be told, one line
-      each: learned parts of items that the model's stack does not hold are left out, and so are statistics.
+      each: learned parts of items that the model's stack does not hold are left out, and so are statistics and what
+      pre-training alone needed.
 
     Raises:
       CheckpointError: a leaf that only one side has, or of another shape; or a path in `fresh` that neither side has.
-        The message names the leaf, both sides and how to mend it. With `left_out`, extra leaves under items/ are none.
+        The message names the leaf, both sides and how to mend it. With `left_out`, extra leaves under items/ are none;
+        extra leaves of a group of `OF_PRETRAINING` that the model has not at all never are.
     """
     have, want, fresh = flat(saved), flat(wanted), tuple(fresh)
     for name in fresh:
@@ -63,8 +68,11 @@ def fit_state(
         for side in (have, want)
     )
     known = f"{STATISTICS}/"
+    groups = {path.partition("/")[0] for path in want}
+    skipped = {group for group in OF_PRETRAINING if group not in groups and "embed" in groups}
     may_be_extra = (known, "items/") if left_out else (known,)
     extra = [path for path in have if path not in want and path.startswith(may_be_extra)]
+    extra += [path for path in have if path.partition("/")[0] in skipped]
     anew = [path for path in want if not left_out and path not in have and path.startswith(known)]
     want = {path: leaf for path, leaf in want.items() if path not in anew}
     for path in (*want, *have):
@@ -75,9 +83,12 @@ def fit_state(
                 f"{_mend(path, given, expected, starts=not left_out)}."
             )
     used = {_kind(path) for path in want}
-    kinds = sorted({path if _kind(path) in used else _kind(path) for path in extra})
+    of_stack = [path for path in extra if path.startswith(("items/", known))]
+    kinds = sorted({path if _kind(path) in used else _kind(path) for path in of_stack})
     notes = [f"{source} holds {kind}, which the stack does not use: left out" for kind in kinds]
     notes += [f"{source} does not hold {path}: it begins anew" for path in anew]
+    found = sorted({path.partition("/")[0] for path in extra} & skipped)
+    notes += [f"{source} holds {group}, which pre-training alone needs: left out" for group in found]
     return {path: have[path] for path in want}, notes
 
 

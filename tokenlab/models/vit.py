@@ -322,16 +322,25 @@ def build(
     train: bool,
 ) -> ViT:
     """A ViT for the images of a data source; see `tokenlab.models.build`."""
+    return ViT(config, image_shape(spec, "vit"), num_outputs, stack_vars, train)
+
+
+def image_shape(spec: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> tuple[int, int, int]:
+    """(height, width, channels) of the images of a data source, for the model `name`.
+
+    Raises:
+      ConfigError: the data has no images. ShapeError: they are of no fixed shape, or not of floats.
+    """
     if "image" not in spec:
         raise ConfigError(
-            f"vit reads 'image'; the data has {', '.join(sorted(spec))}. Choose another model or data."
+            f"{name} reads 'image'; the data has {', '.join(sorted(spec))}. Choose another model or data."
         )
     shape = tuple(spec["image"][0])
     if len(shape) != 3:
-        raise ShapeError(f"vit reads images [H, W, C]; the data's 'image' has shape {shape}.")
+        raise ShapeError(f"{name} reads images [H, W, C]; the data's 'image' has shape {shape}.")
     if not jnp.issubdtype(spec["image"][1], jnp.floating):
         raise ShapeError(
-            f"vit reads images of floats; the data's 'image' is {spec['image'][1]}: end config.data.transform and "
+            f"{name} reads images of floats; the data's 'image' is {spec['image'][1]}: end config.data.transform and "
             "config.data.eval_transform with value_range(-1, 1)."
         )
-    return ViT(config, shape, num_outputs, stack_vars, train)
+    return shape

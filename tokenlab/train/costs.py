@@ -97,8 +97,9 @@ def cost_table(model: Any, task: Any, spec: Spec, batch_size: int = 1, only: Seq
     """Tokens, parameters and counted FLOPs of one example (or of a batch), forward and in training, a row a layer.
 
     Arguments as `train_cost`. A row's tokens are those that come into the layer; inside a wrapper such as `skip`
-    they are those its body sees. Rows are in the order of execution, "embed" first and "head" last; a model without a
-    stack names its own. What blocks share has a row of its own for its parameters; its FLOPs are those of the blocks.
+    they are those its body sees. Rows are in the order of execution, "embed" first and "head" last; what a model has
+    behind its head follows (`further_rows`), and a model without a stack names its own. What blocks share has a row of
+    its own for its parameters; its FLOPs are those of the blocks.
     """
     steps = steps_of(model)
     named = {
@@ -114,7 +115,7 @@ def _rows(model: Any, steps: list[BlockStep | ItemStep]) -> list[RowInfo]:
         return model.cost_rows()
     state = model.abstract_state()
     rows = [RowInfo("embed", model.tokens_per_example, _size(state["embed"]))]
-    # No scope has a "/" in its name, so that nothing is ever filed under these.
+    # No scope "shared" stands before such a name, so that nothing is ever filed under these.
     rows += [RowInfo(f"{SHARED}/{name}", None, _size(tree)) for name, tree in state.get(SHARED, {}).items()]
     for step in steps:
         kinds = [kind for _, kind in step.kinds] if isinstance(step, BlockStep) else [step.kind]
@@ -122,7 +123,8 @@ def _rows(model: Any, steps: list[BlockStep | ItemStep]) -> list[RowInfo]:
         stacks = [state.get(group, {}).get(name, {}) for group, name in kinds if group != SHARED]
         own = sum(_size(stack, stacked=True) for stack in stacks)
         rows.append(RowInfo(step.name, step.present, own))
-    return [*rows, RowInfo("head", model.program.after, _size(state["head"]))]
+    rows.append(RowInfo("head", model.program.after, _size(state["head"])))
+    return [*rows, *getattr(model, "further_rows", list)()]
 
 
 def _size(tree: Any, *, stacked: bool = False) -> int:

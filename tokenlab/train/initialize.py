@@ -53,7 +53,7 @@ def load(
             where one was kept. Parameters under a path of `fresh` are left to initialisation.
         shapes: parameters of the new model (anything with `shape`).
         model: the new one, for `config.upcycle`.
-        notes: gets what is to be told, one line each: statistics that only one side has.
+        notes: gets what is to be told, one line each: what is left out, statistics that only one side has.
 
     Raises:
         CheckpointError: no readable checkpoint; nothing to upcycle; a parameter that only one side has, or of another
