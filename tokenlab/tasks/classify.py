@@ -45,7 +45,7 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class Classify:
-    """Reads "label" [B] int32 and "mask" [B] float32 (0 for padding rows) of a batch; mixing reads "image" too."""
+    """Reads "label" [B] int32 and "mask" [B] float32 (0 for padding rows) of a batch, beside what the model reads."""
 
     settings: ClassifyConfig = ClassifyConfig()
 
@@ -55,15 +55,15 @@ class Classify:
     classifies: ClassVar[bool] = True
 
     def num_outputs(self, source: Any) -> int:
-        """Number of classes. Raises ConfigError when the data has no labels."""
+        """Number of classes. Raises ConfigError when the data has no labels, or no images to be mixed."""
         if "label" not in source.spec or not getattr(source, "num_classes", None):
             raise ConfigError(
                 f"classify needs labels; data {source.name!r} has {', '.join(sorted(source.spec))}."
             )
         if (self.settings.mixup or self.settings.cutmix) and "image" not in source.spec:
             raise ConfigError(
-                f"config.task.mixup and cutmix mix images; data {source.name!r} has {', '.join(sorted(source.spec))}: "
-                "leave them at 0."
+                f"config.task.mixup and config.task.cutmix mix images; data {source.name!r} has "
+                f"{', '.join(sorted(source.spec))}: expected 0 for both."
             )
         return source.num_classes
 
