@@ -11,6 +11,7 @@ from tests.bench.conftest import RECORDS
 from tokenlab import cli
 from tokenlab.bench import command
 from tokenlab.bench import suite as suites
+from tokenlab.bench.measure import setting_of
 from tokenlab.bench.suite import Size
 from tokenlab.bench.table import to_markdown
 
@@ -70,6 +71,23 @@ def test_a_configuration_beside_its_dense_twin(config, asked, capsys, tmp_path) 
     assert call["setting"].batch_size == 16 and call["setting"].batch["image"].shape == (16, 8, 8, 1)
     assert (call["modes"], call["rounds"], call["profiles"]) == (("train",), 4, tmp_path / "p")
     assert json.loads(target.read_text()) == RECORDS
+
+
+def test_the_dense_twin_of_a_masked_autoencoder_sees_every_patch(asked, capsys, tmp_path) -> None:
+    path = tmp_path / "masked.py"
+    path.write_text(
+        "from tokenlab.train import default_config\n\n"
+        "def get_config():\n"
+        "    c = default_config(model='mae', task='mae')\n"
+        "    c.model.size, c.batch_size = 'nano/2', 8\n"
+        "    return c\n"
+    )
+    assert run(capsys, f"--config={path}", "--mode=train")[0] == 0
+    (call,) = asked
+    (case,) = call["cases"]
+    settings = [setting_of(call["setting"], each) for each in (call["dense"], case)]
+    dense, masked = (each.build("block*2", "train", "unroll") for each in settings)
+    assert (dense.kept, masked.kept) == (16, 4) and settings[1] is call["setting"]
 
 
 def test_a_suite(asked, capsys, monkeypatch) -> None:

@@ -52,6 +52,18 @@ def dense() -> CostTable:
     return CostTable.build(scopes, {path: 3 * flops for path, flops in scopes.items()}, rows=rows)
 
 
+def test_a_row_named_by_a_path_goes_before_that_of_its_end() -> None:
+    scopes = {"block_00/mlp": 1, "decoder/block_00/mlp": 2, "model/decoder/Dense": 4, "x/decoder/block_00": 8}
+    rows = [RowInfo(name, 17, 1) for name in ("block_00", "decoder/block_00", "decoder")]
+    made = CostTable.build(scopes, scopes, rows=rows)
+    assert {row.name: row.forward_flops for row in made.rows} == {
+        "block_00": 1,
+        "decoder/block_00": 10,
+        "decoder": 4,
+    }
+    assert made.rows[1].forward_by_kind["mlp"] == 2
+
+
 def test_rows_in_the_order_given_and_nothing_lost() -> None:
     made = table()
     assert [row.name for row in made.rows] == [row.name for row in ROWS] + ["other"]

@@ -186,6 +186,7 @@ def test_features_at_evaluation_are_those_of_the_whole_image() -> None:
         {"stack": "block + keep(0.5, by=norm) + block"},
         {"stack": "block + merge(1) + block", "registers": 2},
         {"stack": "block + skip(keep=2, by=random)(block)", "head": "mean", "registers": 3},
+        {"stack": "block(special=jumbo)*2", "head": "special", "registers": 3},
     ],
     ids=lambda settings: settings["stack"],
 )
@@ -217,6 +218,7 @@ def test_scanned_and_rematerialised_are_the_same() -> None:
         {"position": "sincos"},
         {"registers": 4, "head": "mean", "position": "learned"},
         {"stack": "block + keep(0.5, by=learned) + block", "position": "rope", "num_heads": 4},
+        {"stack": "block(special=jumbo)*2", "head": "special", "registers": 3, "position": "learned"},
     ],
     ids=str,
 )
@@ -296,6 +298,19 @@ def test_counted_flops_at_the_width_of_the_published_base_model(keep: float, see
     assert sum(row.parameters for row in table.rows) == sum(
         leaf.size for leaf in jax.tree.leaves(model.abstract_state())
     )
+
+
+def test_pieces_of_a_jumbo_token_are_seen_always_and_cost_what_they_do_in_a_vit() -> None:
+    """16 J^2 D^2 and J more tokens in attention, on K patches (the specification's formula)."""
+    spec = {"image": ((224, 224, 3), "float32")}
+    settings = {"size": "Ti/16", "stack": "block(special=jumbo)*2", "head": "special", "registers": 6}
+    model = models.build({"name": "mae", **settings}, spec=spec, num_outputs=224 * 224 * 3)
+    d, k, j = 192, 49, 6
+    table = costs.cost_table(model, tasks.build({"name": "mae"}), spec)
+    row = next(row for row in table.rows if row.name == "block_01")
+    expected = 8 * (k + j) * d**2 + 4 * (k + j) ** 2 * d + 16 * k * d**2 + 16 * j**2 * d**2
+    assert (row.tokens, row.forward_flops) == (k + j, expected)
+    assert model.whole.abstract_state()["head"]["classifier"]["kernel"].shape == ((j + 1) * d, 1)
 
 
 def test_what_nobody_reads_of_the_whole_image_costs_nothing() -> None:

@@ -110,6 +110,8 @@ def test_without_scaling_a_constant_is_seen() -> None:
 
 def test_any_stack_on_the_same_weights() -> None:
     _, state, _ = drawn("steps", "independent")
+    wide = build(stack="block(special=jumbo)*2", registers=2, head="special")
+    assert wide.abstract_state()["head"]["classifier"]["kernel"].shape == (3 * 16, S)
     for stack in ("block + keep(0.5, by=cls) + block", "block + merge(1) + block"):
         model = build(stack=stack)
         found = jax.jit(lambda state, x, model=model: model.apply(state, {"series": x}).logits)(

@@ -238,3 +238,44 @@ def test_a_decay_of_what_is_not_trained_is_told(name: str) -> None:
     nothing = jax.tree.map(jnp.zeros_like, params)
     after, _ = optimizer.update(nothing, optimizer.init(params), params, jnp.float32(0))
     np.testing.assert_allclose(after["items"]["keep"]["score"]["router"], 1 - RATE, rtol=1e-6)
+
+
+def test_layers_below_learn_more_slowly() -> None:
+    """Updates of a step of SGD, and of AdamW with its decay: those of a run without, times a factor a layer."""
+    params = some_params()
+    gradients = jax.tree.map(jnp.ones_like, params)
+
+    def step(**fields: object) -> dict:
+        built = optimizers.build(config(**fields), steps=10)
+        updated, _ = built.update(gradients, built.init(params), params, jnp.float32(1))
+        return jax.tree.map(lambda new, old: np.asarray(new - old), updated, params)
+
+    for name in ("sgd", "adamw"):
+        plain = step(name=name, weight_decay=0.5)
+        found = step(name=name, weight_decay=0.5, layer_decay=0.5)
+        for first, second, factor in (("embed", "kernel", 1 / 8), ("head", "kernel", 1.0)):
+            np.testing.assert_allclose(found[first][second], plain[first][second] * factor, rtol=1e-5)
+        kernel, whole = (tree["blocks"]["attention"]["query"]["kernel"] for tree in (found, plain))
+        np.testing.assert_allclose(kernel[0], whole[0] / 4, rtol=1e-5)
+        np.testing.assert_allclose(kernel[1], whole[1] / 2, rtol=1e-5)
+        np.testing.assert_array_equal(
+            found["items"]["keep"]["score"]["kernel"], plain["items"]["keep"]["score"]["kernel"]
+        )
+    only = step(name="sgd", weight_decay=0.0, layer_decay=0.5, only=("blocks/*",))
+    assert not only["embed"]["kernel"].any() and only["blocks"]["attention"]["query"]["kernel"].any()
+    assert "0.5 a layer" in optimizers.build(config(layer_decay=0.5), steps=10).description
+
+
+def test_layers_that_nobody_can_tell_apart() -> None:
+    params = some_params()
+    params["blocks"]["mlp_2"] = {"kernel": jnp.ones((1, 4, 4))}
+    built = optimizers.build(config(layer_decay=0.75), steps=10)
+    with pytest.raises(
+        ConfigError, match="blocks/mlp_2 is of 1 of 2 blocks; expected blocks that are all alike"
+    ):
+        built.init(params)
+    with pytest.raises(ConfigError, match="this model has no blocks"):
+        built.init({"head": params["head"]})
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="optimizer.layer_decay is .*: expected a factor in"):
+            config(layer_decay=wrong)

@@ -94,6 +94,11 @@ def measure(
     ]
 
 
+def setting_of(setting: Setting, case: Case) -> Setting:
+    """The setting with what a case changes in the model."""
+    return replace(setting, model={**setting.model, **case.model}) if case.model else setting
+
+
 def _measure(
     setting: Setting,
     cases: Sequence[Case],
@@ -106,9 +111,7 @@ def _measure(
     """The records of one mode; the first case is the dense one. What it holds in memory is free when it returns."""
     shelf = Shelf()
     ways = {
-        case.name: prepare_each(
-            replace(setting, model={**setting.model, **case.model}), case.stack(mode), mode, shelf, note
-        )
+        case.name: prepare_each(setting_of(setting, case), case.stack(mode), mode, shelf, note)
         for case in cases
     }
     runs = {(name, how): arm.run for name, arms in ways.items() for how, arm in arms.items()}

@@ -90,6 +90,9 @@ class OptimizerConfig:
         only: patterns of paths such as "blocks/moma/auxiliary_*" or "head/*"; * stands for any text and nothing else
             is special. Parameters that none of them fits stay as they are, and nothing is computed or remembered for
             them. () = all are trained.
+        layer_decay: the k-th of L blocks learns at `learning_rate` times this to the power of L - k (k from 0), the
+            embedding at the power of L + 1, all else at the whole; in (0, 1], None = 1 (BEiT, Bao et al. 2022, arXiv
+            2106.08254, for fine-tuning).
         clip: largest global gradient norm, > 0; None = not clipped.
         accumulate: microbatches per step, >= 1; it must divide `config.batch_size`.
         ema: decay in (0, 1) of the moving average of parameters that evaluation uses; None = none is kept.
@@ -102,6 +105,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     decays: Mapping[str, float] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    layer_decay: float | None = None
     clip: float | None = 1.0
     accumulate: int = 1
     ema: float | None = None
@@ -118,6 +122,9 @@ class OptimizerConfig:
         )
         for path, decay in self.decays.items():
             _number(f"optimizer.decays[{path!r}]", decay, decay >= 0, "a number >= 0")
+        if self.layer_decay is not None:
+            inside = 0 < self.layer_decay <= 1
+            _number("optimizer.layer_decay", self.layer_decay, inside, "a factor in (0, 1], or None for 1")
         if self.clip is not None:
             _number("optimizer.clip", self.clip, self.clip > 0, "a norm > 0, or None for no clipping")
         _whole("optimizer.accumulate", self.accumulate, 1, "a number of microbatches >= 1")

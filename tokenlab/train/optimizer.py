@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
@@ -138,6 +139,52 @@ def _check_decays(params: Any, own: Any, others: Mapping[str, float]) -> None:
                 f"config.optimizer.decays has {given!r}, which is not trained: no pattern of config.optimizer.only "
                 "fits a parameter there. Leave it out of the decays, or add a pattern for it."
             )
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """By what the learning rate of each parameter is multiplied, see `OptimizerConfig.layer_decay`.
+
+    Returns:
+        A tree like `params`: floats, and of what is stacked over blocks f32 [L, 1, ...].
+
+    Raises:
+        ConfigError: there are no blocks, or a kind of weights that only some of them have, of which nobody knows here
+            which they are.
+    """
+    leaves = [(path_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    counts = {path: leaf.shape[0] for path, leaf in leaves if path.startswith("blocks/")}
+    depth = max(counts.values(), default=0)
+    for path, count in counts.items():
+        if count != depth:
+            raise ConfigError(
+                f"config.optimizer.layer_decay: {'/'.join(path.split('/')[:2])} is of {count} of {depth} blocks; "
+                "expected blocks that are all alike, or None."
+            )
+    if not depth:
+        raise ConfigError("config.optimizer.layer_decay: this model has no blocks; expected None.")
+
+    def scale(key_path: Any, leaf: Any) -> Any:
+        group = path_of(key_path).partition("/")[0]
+        if group == "blocks":
+            powers = decay ** (depth - np.arange(depth, dtype=np.float64))
+            return jnp.asarray(powers.reshape(-1, *[1] * (len(leaf.shape) - 1)), jnp.float32)
+        return decay ** (depth + 1) if group == "embed" else 1.0
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _scaled_by_layer(decay: float) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_scales`."""
+
+    def init(params: Any) -> optax.EmptyState:
+        layer_scales(params, decay)  # what does not fit is told before the first step
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        scales = layer_scales(params, decay)
+        return jax.tree.map(lambda update, scale: update * scale, updates, scales), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _under(path: str, name: str) -> bool:
@@ -281,10 +328,13 @@ def build(config: OptimizerConfig, steps: int, clock: schedules.Clock | None = N
             return jax.tree.map(lambda own: "trained" if own else "still", own)
 
         transform = optax.multi_transform({"trained": transform, "still": optax.set_to_zero()}, labels)
+    if config.layer_decay is not None:
+        transform = optax.chain(transform, _scaled_by_layer(config.layer_decay))
     parts = [config.name, schedules.describe(config.schedule, config.learning_rate, steps, clock)]
     parts += [f"weight decay {config.weight_decay:g}"] if config.weight_decay else []
     parts += [f"{decay:g} of {path}" for path, decay in config.decays.items()]
     parts += [f"only {', '.join(config.only)}"] if config.only else []
+    parts += [f"{config.layer_decay:g} a layer"] if config.layer_decay is not None else []
     parts += [f"clipped at {config.clip:g}"] if config.clip is not None else []
     parts += [f"{config.accumulate} microbatches"] if config.accumulate > 1 else []
     parts += [f"moving average {config.ema:g}"] if config.ema is not None else []
