@@ -29,6 +29,7 @@ def get_config(task: str = "forecast") -> ConfigDict:
         model = load(f"{recipe}:{name}").model
         arms.append({"name": name, **{f"model.{key}": model[key] for key in KEYS}})
     config.arms = tuple(arms)
+    config.baseline = ARMS[0]
     config.seeds = (0, 1, 2)
     config.budget.kind = "flops"
     return config

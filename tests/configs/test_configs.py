@@ -90,3 +90,17 @@ def test_every_arm_of_a_comparison_builds(file: Path, tmp_path: Path) -> None:
 def test_a_config_says_what_it_is_and_how_to_run_it(file: Path) -> None:
     text = file.read_text()
     assert f"--config=configs/{file.relative_to(FOLDER)}" in text.split('"""')[1]
+
+
+@pytest.mark.parametrize("run", ["cifar10,jumbo", "fashion,registers", "N256", "B", "L", "H,jumbo"])
+def test_every_masked_autoencoder_and_what_goes_on_from_it_say_the_same_of_the_encoder(run: str) -> None:
+    """The settings that decide the encoder's weights are the same; the published sizes and steps."""
+    trained, *others = (
+        configs.load(f"{FOLDER / name}:{run}") for name in ("mae.py", "linear_probe.py", "finetune.py")
+    )
+    for key in ("size", "stack", "head", "registers", "position", "norm_eps", "activation"):
+        assert {other.model[key] for other in others} == {trained.model[key]}
+    assert others[0].optimizer.only == ("head/classifier/*",) and others[1].optimizer.layer_decay == 0.75
+    if run[0] in "BLH":
+        assert trained.batch_size == 4096 and trained.steps == 1600 * 309
+        assert trained.optimizer.learning_rate == pytest.approx(2.4e-3)
