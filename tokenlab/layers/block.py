@@ -318,7 +318,9 @@ class Block:
             y = drop_path(y, depth.rate, context.key(f"drop_path_{half}", depth.index))
         x = tokens.x + y
         if half == "special" and self.norm_placement == "post":  # its norm is of the joined tokens
-            x = split_pieces(self._normed(modules, params, half, join_pieces(x), tokens, at="post"), x.shape[1])
+            x = split_pieces(
+                self._normed(modules, params, half, join_pieces(x), tokens, at="post"), x.shape[1]
+            )
         else:
             x = self._normed(modules, params, half, x, tokens, at="post")
         return tokens.replace(x=constrain(x, "batch", None, None))

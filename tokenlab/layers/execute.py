@@ -141,7 +141,7 @@ def read_last(
     if not isinstance(last, BlockStep):
         raise ShapeError(f"stack: ends with {last.name}; only a block at its end can be read.")
     steps = (*before, replace(last, reads=tuple(readings.items())))
-    runner = _Runner(context, "none", None, None, state.get(SHARED, {}))
+    runner = _Runner(context, "none", None, None, state.get(SHARED, {}), {})
     return runner.steps(steps, stacks_of(program, state), tokens)[2]
 
 

@@ -274,9 +274,7 @@ class Experiment:
         """What run.json says of this run, beside its environment; of JSON values."""
         params = jax.tree.leaves(self.abstract_state.params)
         if not self._tables:  # the same for every seed
-            table = costs.cost_table(
-                self.usual_model, self.task, self.source.spec, only=self.optimizer.only
-            )
+            table = costs.cost_table(self.usual_model, self.task, self.source.spec, only=self.optimizer.only)
             self._tables.append(table.to_json())
         return {
             "parameters": sum(math.prod(leaf.shape) for leaf in params),
