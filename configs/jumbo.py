@@ -56,7 +56,7 @@ def get_config(run: str = "nano") -> ConfigDict:
         num_heads=heads,
         activation="gelu",
         norm_eps=1e-5,
-        kernel_std=0.02,
+        kernel_std=0.0227,  # 0.02 once it is cut off at two
         drop_path=0.1,
         drop_path_rates="constant",
     )

@@ -24,7 +24,6 @@ from tokenlab.layers.block import Block
 from tokenlab.layers.context import name_seed
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.item import Item
-from tokenlab.sharding.rules import path_of
 
 MAX_PERIOD = 16  # the longest repeating pattern of steps that is looked for when folding into loops
 
@@ -276,7 +275,6 @@ def build(
     coordinates: int,
     train: bool,
     rows: int | None = None,
-    kernel_std: float | None = None,
 ) -> Program:
     """Work a stack out.
 
@@ -292,8 +290,6 @@ def build(
       coordinates: A, axes of rotary positions.
       train: False takes `train_only` items out.
       rows: for generation, tokens of the longest whole sequence, of which `tokens` are the prompt; None elsewhere.
-      kernel_std: standard deviation of the normal from which all kernels of the blocks are drawn; None leaves each as
-        its layer initialises it.
 
     Returns:
       A `Program` with unrolled steps; `folded()` has loops.
@@ -303,9 +299,7 @@ def build(
         before it, a body that changes the number of tokens of a wrapper, no block at all, an item that cannot generate,
         special tokens fed apart where there are none.
     """
-    builder = _Builder(
-        stack, resolver, block, ffn_defaults, width, protected, has_cls, coordinates, train, kernel_std
-    )
+    builder = _Builder(stack, resolver, block, ffn_defaults, width, protected, has_cls, coordinates, train)
     steps, after = builder.level([stack.root], tokens, rows)
     if not builder.blocks:
         stack.fail(Span(0, len(stack.text)), "holds no block; a stack needs at least one.")
@@ -382,12 +376,11 @@ class _Builder:
         has_cls: bool,
         coordinates: int,
         train: bool,
-        kernel_std: float | None,
     ):
         self.stack, self.resolver = stack, resolver
         self.block, self.ffn_defaults = block, ffn_defaults
         self.width, self.protected, self.has_cls = width, protected, has_cls
-        self.coordinates, self.train, self.kernel_std = coordinates, train, kernel_std
+        self.coordinates, self.train = coordinates, train
         self.no_cls = "this model has none"
         self.blocks = 0
         self.numbers: dict[str, int] = {}  # items by name so far
@@ -583,23 +576,9 @@ class _Builder:
             facts = {"coords": jnp.zeros((1, present, self.coordinates))} if wants_coords else {}
             if isinstance(module, Attention) and module.causal:
                 facts["position"] = jnp.zeros((1, present), jnp.int32)
-            params = module.init({"params": key, "ffn": key}, x, **facts).get("params", {})
-            return params if self.kernel_std is None else _redrawn(params, key, self.kernel_std)
+            return module.init({"params": key, "ffn": key}, x, **facts).get("params", {})
 
         return init
-
-
-def _redrawn(params: Any, key: Array, std: float) -> Any:
-    """Every leaf called "kernel" drawn anew from a normal of that standard deviation, by a key of its path."""
-
-    def leaf(path: Any, old: Array) -> Array:
-        name = path_of(path)
-        if name.rpartition("/")[2] != "kernel":
-            return old
-        own = jax.random.fold_in(key, name_seed(name))
-        return std * jax.random.normal(own, old.shape, old.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def _calls(nodes: list[Node]) -> list[Call]:

@@ -66,8 +66,8 @@ class ViTConfig:
         trained at one resolution are used at another.
       qk_norm: layer-norm queries and keys.
       layer_scale: initial value of LayerScale; None for none.
-      kernel_std: standard deviation of the normal that the kernels of all linear layers of the blocks start from; None
-        for that of each layer, which depends on its size.
+      kernel_std: standard deviation of the normal, cut off at two, that kernels of attention and MLPs start from; None
+        for Glorot's uniform distribution.
       drop_path: rate of the last block, in [0, 1).
       drop_path_rates: of the others: "linear", rising from 0 at the first, or "constant", the same.
       activation: "gelu_tanh", "gelu" (exact), "relu" or "silu".
@@ -227,10 +227,11 @@ class ViT(Trunk):
             rope_theta=100.0 if s.position == "rope" else None,
             dtype=self.dtype,
             implementation=s.attention,
+            kernel_std=s.kernel_std,
         )
         block = Block(
             attention=attention,
-            ffn=MLP(hidden, s.activation, self.dtype),
+            ffn=MLP(hidden, s.activation, self.dtype, s.kernel_std),
             layer_scale=s.layer_scale,
             drop_path=s.drop_path > 0,
             dtype=self.dtype,
@@ -240,14 +241,13 @@ class ViT(Trunk):
             self.parsed(depth),
             Names(),
             block=block,
-            ffn_defaults=FFNDefaults(hidden, s.activation, self.dtype),
+            ffn_defaults=FFNDefaults(hidden, s.activation, self.dtype, kernel_std=s.kernel_std),
             width=width,
             tokens=self.tokens_per_example,
             protected=self.embed.special,
             has_cls=s.head == "cls",
             coordinates=2,
             train=self.train,
-            kernel_std=s.kernel_std,
         )
 
     @property

@@ -157,7 +157,7 @@ def test_at_the_start_every_logit_is_the_bias():
     np.testing.assert_array_equal(logits(model, state), np.float32(-math.log(5)))
     kernels = [state["shared"]["jumbo"]["up"]["kernel"], state["blocks"]["attention"]["query"]["kernel"]]
     for kernel in kernels:
-        assert abs(float(jnp.std(kernel)) / 0.02 - 1) < 0.1
+        assert abs(float(jnp.std(kernel)) / 0.0176 - 1) < 0.1  # of 0.02, cut off at two
     assert float(jnp.std(kernels[1][0] - kernels[1][1])) > 0.02  # every block draws its own
     np.testing.assert_array_equal(state["shared"]["jumbo"]["up"]["bias"], 0.0)
 

@@ -36,6 +36,7 @@ from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import drop_path
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
+from tokenlab.layers.initialize import kernel_initializer
 from tokenlab.layers.norm import LayerNorm
 from tokenlab.layers.special import Special
 from tokenlab.ops.pieces import join_pieces, split_pieces
@@ -48,11 +49,13 @@ class JumboMLP(nn.Module):
       mult: m, at least 1.
       activation: its name; the paper has exact GELU.
       dtype: compute dtype; parameters stay float32.
+      kernel_std: as of `tokenlab.layers.attention.Attention`.
     """
 
     mult: int = 4
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    kernel_std: float | None = None
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = MLP.AXES
 
@@ -64,7 +67,7 @@ class JumboMLP(nn.Module):
     def __call__(self, z: Array) -> Array:
         """[B, J * D] -> [B, J * D]. Raises ConfigError for a `mult` below 1."""
         check_mult(self.mult)
-        width, init = z.shape[-1], nn.initializers.xavier_uniform()
+        width, init = z.shape[-1], kernel_initializer(self.kernel_std)
         with jax.named_scope("up"):
             hidden = nn.Dense(self.mult * width, dtype=self.dtype, kernel_init=init, name="up")(z)
         hidden = activation(self.activation)(hidden)
@@ -141,7 +144,7 @@ def check_mult(mult: int) -> None:
 def special(defaults: FFNDefaults, *, mult: int = 4, shared: bool = True) -> Special:
     """`block(special=jumbo(mult=4, shared=True))`, with the model's activation."""
     check_mult(mult)
-    return Special(JumboMLP(mult, defaults.activation, defaults.dtype), shared)
+    return Special(JumboMLP(mult, defaults.activation, defaults.dtype, defaults.kernel_std), shared)
 
 
 # A block behind them lets what the last of them gives the patches reach the CLS token.
