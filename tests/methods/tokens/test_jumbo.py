@@ -348,6 +348,7 @@ def test_experts_see_the_patches_alone():
     """As many slots as there are patches, not tokens; a token's share is counted so, too."""
     model = build("block(special=jumbo, ffn=soft_moe(experts=4, capacity=1.0))*2")
     assert model.abstract_state()["blocks"]["soft_moe"]["router"]["mu"].shape == (2, D, 4, N // 4)
+    model = build("block(special=jumbo, ffn=soft_moe(experts=4, slots=4))*2")
     total = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_state()))
     of_experts = 2 * 4 * (2 * D * 32 + 32 + D)
     assert (
