@@ -12,6 +12,7 @@ from tokenlab.core.errors import ConfigError, DataError
 from tokenlab.data import TextConfig, TextSource
 from tokenlab.data.text import tokenizer
 from tokenlab.data.text.encoder_rows import Words
+from tokenlab.data.text.show import show_lines
 
 N = 16
 DOCUMENTS = {
@@ -123,3 +124,22 @@ def test_the_standard_library_is_text_by_modules() -> None:
     assert any("def " in text for text in source.text("validation"))
     again = data.build({"name": "python_text", "length": 64, "encoder": True})
     assert again.fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["rows", "sentences"])
+def test_what_show_prints(kind: str) -> None:
+    if kind == "rows":
+        source = data.build({"name": "shakespeare", "length": 32, "encoder": True})
+        wanted = ["bytes, 260 ids; 32 tokens an example", "'First Citizen:", "0: 32 tokens"]
+    else:
+        source = data.build({"name": "python_sentences", "kind": "pair", "examples": 40})
+        wanted = [
+            "train",
+            "40 examples;",
+            "cut to their length",
+            "of another, its own",
+            "of another: ",
+            " | ",
+        ]
+    lines = "\n".join(show_lines(source, "train"))
+    assert [part for part in wanted if part not in lines] == []

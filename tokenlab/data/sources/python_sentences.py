@@ -32,7 +32,7 @@ class Config(SentenceConfig):
 
     Attributes:
       kind: "line" or "pair", see the module.
-      examples: of the train split at most, of the others a quarter of so many; None for all. At least 8.
+      examples: of the train split at most, at least 8; None for all. The other splits are whole.
     """
 
     kind: Literal["line", "pair"] = "line"
@@ -49,7 +49,7 @@ def build(config: Config) -> SentenceSource:
     make = _lines if config.kind == "line" else _pairs
     sentences = {}
     for number, split in enumerate(stdlib.SHARES):
-        most = config.examples if split == "train" or config.examples is None else config.examples // 4
+        most = config.examples if split == "train" else None
         sentences[split] = make(split, number, most)
     return SentenceSource(f"python_sentences {config.kind}", sentences, CLASSES[config.kind], config)
 

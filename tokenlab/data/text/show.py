@@ -46,11 +46,7 @@ class Counts:
 
 def is_text(source: Source) -> bool:
     """Whether its examples are text and nothing else."""
-    return (
-        getattr(source, "tokenizer", None) is not None
-        and "target" in source.spec
-        and "modality" not in source.spec
-    )
+    return getattr(source, "tokenizer", None) is not None and "modality" not in source.spec
 
 
 def count(source: Source, split: str) -> Counts:
@@ -80,6 +76,8 @@ def show_lines(source: Source, split: str) -> list[str]:
       DataError: there is no such split.
     """
     check_split(source, split)
+    if "target" not in source.spec:
+        return _encoder_lines(source, split)
     length = source.spec["ids"][0][0]
     width = max(map(len, [*source.splits, "tokenizer"]))
     tokenizer = f"{source.tokenizer.name}, {source.vocab_size:,} ids; {length:,} tokens an example"
@@ -95,6 +93,34 @@ def show_lines(source: Source, split: str) -> list[str]:
     records = source.split(split)
     for number in range(min(EXAMPLES, len(records))):
         lines += _example_lines(source, number, records[number])
+    return lines
+
+
+def _encoder_lines(source: Source, split: str) -> list[str]:
+    """Rows for an encoder, or labelled texts: how many there are, and the first of `split`."""
+    width = max(map(len, [*source.splits, "tokenizer"]))
+    tokenizer = (
+        f"{source.tokenizer.name}, {source.vocab_size:,} ids; {source.spec['ids'][0][0]:,} tokens an example"
+    )
+    lines = [f"  {'tokenizer':<{width}}  {tokenizer}"]
+    inner = getattr(source, "source", source)
+    cut, left_out = (getattr(inner, name, {}) for name in ("cut", "left_out"))
+    for name, examples in source.splits.items():
+        more = f"; {cut[name]:,} cut to their length" if name in cut else ""
+        more += f"; {left_out[name]:,} rows left out, whose label is of no class" if name in left_out else ""
+        lines.append(f"  {name:<{width}}  {many(examples, 'example')}{more}")
+    if source.class_names:
+        lines.append(f"  {'classes':<{width}}  {', '.join(source.class_names)}")
+    lines.append(f"  first examples of {split!r}")
+    records, pad = source.split(split), source.tokenizer.specials.pad
+    for number in range(min(EXAMPLES, len(records))):
+        record = records[number]
+        used = record["ids"] != pad
+        kind = record.get("type", np.zeros_like(record["ids"]))
+        texts = [source.tokenizer.decode(record["ids"][used & (kind == which)]) for which in (0, 1)]
+        shown = " | ".join(shortened(repr(text)) for text in texts if text)
+        said = f"{source.class_names[record['label']]}: " if "label" in record else ""
+        lines.append(f"    {number}: {int(used.sum())} tokens  {said}{shown}")
     return lines
 
 
