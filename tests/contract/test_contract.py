@@ -95,7 +95,7 @@ def stochastic(model):
     return any(
         getattr(part, "stochastic", False)
         for step in model.program.flat()
-        for part in (step.item.scores() if hasattr(step, "item") else (step.block.ffn,))
+        for part in ((step.item, *step.item.scores()) if hasattr(step, "item") else (step.block.ffn,))
     )
 
 
