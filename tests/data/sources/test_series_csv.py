@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_collections.config_dict import ConfigDict
 
 from tokenlab import data
 from tokenlab.core.errors import ConfigError, DataError
@@ -75,6 +76,16 @@ def test_nothing_of_the_future_is_learned_from(file: str, tmp_path: Path) -> Non
     assert changed.fingerprint != source.fingerprint
 
 
+def test_the_test_comes_last_whatever_order_a_configuration_has(file: str) -> None:
+    """A ConfigDict sorts its keys, and "test" goes before "train" there."""
+    config = ConfigDict({"name": "series_csv", "files": (file,), "window": 8, "horizon": 4})
+    config.rows = ConfigDict({"train": 60, "validation": 15, "test": 20})
+    assert next(iter(config.rows)) == "test"
+    found, expected = data.build(config), build(file)
+    assert found.splits == expected.splits and found.fingerprint == expected.fingerprint
+    np.testing.assert_array_equal(whole(found, "test")["target"], whole(expected, "test")["target"])
+
+
 def test_classes_are_files_and_windows_stay_in_their_split(file: str, tmp_path: Path) -> None:
     other = write(tmp_path / "b.csv.xz", VALUES + 1000)
     source = build(file, other, horizon=0, stride=3)
@@ -95,7 +106,7 @@ def test_columns_shares_and_packed_files(file: str, tmp_path: Path) -> None:
     assert source.source.columns == ("down", "up") and source.splits["train"] == 70 - 11
     first = raw(source, whole(source, "train")["series"])[0]
     np.testing.assert_allclose(first, VALUES[:8, [1, 0]], atol=1e-4)
-    assert series_csv.bounds_of(100, {"train": 0.7, "validation": 0.1, "test": 0.2}, "") == {
+    assert series_csv.bounds_of(100, {"test": 0.2, "train": 0.7, "validation": 0.1}, "") == {
         "train": (0, 70),
         "validation": (70, 80),
         "test": (80, 100),
@@ -111,7 +122,8 @@ def test_columns_shares_and_packed_files(file: str, tmp_path: Path) -> None:
         ({"horizon": 0}, ConfigError, "there is one file; expected two or more"),
         ({"rows": {"train": 0.9, "test": 0.2}}, ConfigError, "shares > 0 of at most 1 together"),
         ({"rows": {"train": 10, "test": 0.2}}, ConfigError, "all counts >= 1 or all shares"),
-        ({"rows": {"test": 10}}, ConfigError, "expected 'train' and others"),
+        ({"rows": {"test": 10}}, ConfigError, "expected of 'train', and of 'validation'"),
+        ({"rows": {"train": 10, "dev": 10}}, ConfigError, "expected of 'train', and of 'validation'"),
         ({"rows": {"train": 90, "test": 90}}, DataError, "has 100 rows; config.data.rows asks for 180"),
         (
             {"rows": {"train": 90, "test": 3}},

@@ -30,6 +30,9 @@ import numpy as np
 from tokenlab.core.errors import ConfigError, DataError
 from tokenlab.data.source import Batch, DataConfig, Records, Spec, check_split
 
+SPLITS = ("train", "validation", "test")
+"""In the order of time. A mapping in a configuration has no order of its own."""
+
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
 
@@ -44,7 +47,8 @@ class Config(DataConfig):
       horizon: S, rows to be predicted after it; 0 for classes: the label is the file's place in `files`.
       columns: names of those that are read, in this order; () for all but the first, which is a date.
       stride: rows from the beginning of a window to that of the next.
-      rows: split -> rows of each file, counts (the rest is left out) or shares of 1; None is 70, 10 and 20 %.
+      rows: of "train", "validation" and "test", which follow one another: rows of each file, counts (the rest is left
+        out) or shares of 1; None is 70, 10 and 20 %.
     """
 
     files: tuple[str, ...]
@@ -73,10 +77,11 @@ class Config(DataConfig):
         kinds = {type(value) for value in self.rows.values()}
         whole, shares = kinds == {int}, kinds == {float}
         fits = bool(self.rows) and min(self.rows.values()) > 0 and (whole or shares)
-        if not fits or (shares and not sum(self.rows.values()) <= 1 + 1e-9) or "train" not in self.rows:
+        named = "train" in self.rows and set(self.rows) <= set(SPLITS)
+        if not fits or not named or (shares and not sum(self.rows.values()) <= 1 + 1e-9):
             raise ConfigError(
-                f"config.data.rows is {dict(self.rows)}; expected 'train' and others, all counts >= 1 or all shares "
-                "> 0 of at most 1 together."
+                f"config.data.rows is {dict(self.rows)}; expected of 'train', and of 'validation' and 'test' where "
+                "they are wanted, all counts >= 1 or all shares > 0 of at most 1 together."
             )
 
 
@@ -165,7 +170,7 @@ class SeriesSource:
         self.deviation = np.where(deviation > 0, deviation, 1.0)
         scaled = [((table.values - self.mean) / self.deviation).astype(np.float32) for table in tables]
         self._records = {}
-        for split in config.rows or SHARES:
+        for split in bounds[0]:
             starts = [
                 (which, first)
                 for which, own in enumerate(bounds)
@@ -218,7 +223,7 @@ def build(config: Config) -> SeriesSource:
 
 
 def bounds_of(total: int, rows: Mapping[str, int | float], path: str) -> dict[str, tuple[int, int]]:
-    """split -> (first row, last + 1), one after the other.
+    """split -> (first row, last + 1), one after the other in the order of `SPLITS`.
 
     Args:
       total: rows of the file.
@@ -229,7 +234,8 @@ def bounds_of(total: int, rows: Mapping[str, int | float], path: str) -> dict[st
       DataError: the file has fewer rows than the counts ask for.
     """
     found, begin, share = {}, 0, 0.0
-    for split, amount in rows.items():
+    for split in filter(rows.__contains__, SPLITS):
+        amount = rows[split]
         share += amount
         end = begin + amount if isinstance(amount, int) else math.floor(share * total + 1e-6)
         found[split] = (begin, end)
