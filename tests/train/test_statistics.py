@@ -16,8 +16,9 @@ from ml_collections.config_dict import ConfigDict
 from tests.train.test_loop import Killed, before_step, die
 from tests.train.test_step import CLASSES, Classify, Linear, copied, some_batch
 from tokenlab import evaluate
-from tokenlab.core.config import override
+from tokenlab.core.config import from_dataclass, override
 from tokenlab.core.errors import CheckpointError, ConfigError, NonFiniteError
+from tokenlab.data.sources import text as source
 from tokenlab.layers import statistics
 from tokenlab.layers.scores.importance import TokenImportance
 from tokenlab.models.state import fit_state
@@ -139,12 +140,25 @@ def test_fitting_saved_ones_to_a_model() -> None:
 STACK = "block + token_dropping(keep=7)(block*2) + block"
 
 
-def config(**changes: Any) -> ConfigDict:
-    """A tiny encoder on Shakespeare, byte by byte: 256 [SEP], 257 padding, 258 [CLS], 259 [MASK]."""
-    found = default_config(model="encoder_lm", task="masked_lm", data="shakespeare")
-    found.update(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2)
-    found.eval.batch_size = 512
-    found.data.update(length=16, encoder=True)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few words in many orders."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    draws = np.random.default_rng(0)
+    lines = [" ".join(draws.choice(["one", "two", "three", "four"], 12)) for _ in range(120)]
+    file.write_text("\n\n".join(lines))
+    return str(file)
+
+
+def config(text: str, **changes: Any) -> ConfigDict:
+    """A tiny encoder, byte by byte: 256 [SEP], 257 padding, 258 [CLS], 259 [MASK]."""
+    found = default_config(model="encoder_lm", task="masked_lm")
+    found.data = from_dataclass(source.Config(name="text", files=text))
+    found.update(
+        steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2, compilation_cache=False
+    )
+    found.eval.batch_size = 8
+    found.data.update(split_on="\n\n", length=16, encoder=True)
     found.model.update(size="nano", stack=STACK, always_kept=(256, 258, 259), first_dropped=(257,))
     return override(found, changes)
 
@@ -154,20 +168,24 @@ def records(workdir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in lines]
 
 
+def importances(workdir: Path) -> np.ndarray:
+    return initialize.evaluation_params(workdir)[0]["statistics"]["importance"]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("whole")
-    loop.run(config(), workdir)
+    loop.run(config(text), workdir)
     return workdir
 
 
 def test_a_killed_run_goes_on_bit_for_bit(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         before_step(patch, 4, die)
-        loop.run(config(), tmp_path)
-    loop.run(config(), tmp_path)
+        loop.run(config(text), tmp_path)
+    loop.run(config(text), tmp_path)
     assert records(tmp_path) == records(whole)
     for each in (
         initialize.evaluation_params(folder)[0]["statistics"]["importance"] for folder in (tmp_path,)
@@ -192,27 +210,27 @@ def test_it_is_evaluated_dense_unless_asked_otherwise(whole: Path) -> None:
 
 
 def test_a_dense_run_starts_from_it_and_the_other_way_round(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loop.run(
-        config(**{"model.stack": "block*4", "init_from.path": str(whole), "steps": 1}), tmp_path / "dense"
+        config(text, **{"model.stack": "block*4", "init_from.path": str(whole), "steps": 1}),
+        tmp_path / "dense",
     )
     assert "holds statistics/importance, which the stack does not use: left out" in capsys.readouterr().out
     assert "statistics" not in initialize.evaluation_params(tmp_path / "dense")[0]
     dense = {"init_from.path": str(tmp_path / "dense"), "steps": 1}
-    loop.run(config(**dense), tmp_path / "again")
+    loop.run(config(text, **dense), tmp_path / "again")
     assert "does not hold statistics/importance: it begins anew" in capsys.readouterr().out
-    loop.run(config(**{"init_from.path": str(whole), "steps": 1}), tmp_path / "on")
-    before, after = (
-        initialize.evaluation_params(folder)[0]["statistics"]["importance"]
-        for folder in (whole, tmp_path / "on")
-    )
+    loop.run(config(text, **{"init_from.path": str(whole), "steps": 1}), tmp_path / "on")
+    before, after = importances(whole), importances(tmp_path / "on")
     moved = before != after
     np.testing.assert_allclose(after[moved], before[moved], rtol=0.01)  # it went on from where it was
     assert moved.any() and (before != 10.0)[~moved].any()
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_is_never_saved(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def spoiled(*args: Any) -> Any:
         total, count = observe(*args)
         return total + jnp.nan * (count > 0), count
@@ -220,5 +238,5 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: p
     observe = TokenImportance.observe
     monkeypatch.setattr(TokenImportance, "observe", spoiled)
     with pytest.raises(NonFiniteError, match="step 1: statistics/importance"):
-        loop.run(config(log_every=50), tmp_path)
+        loop.run(config(text, log_every=50), tmp_path)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()]

@@ -101,7 +101,8 @@ def _train(runs: Sequence[tuple[Arm, int]], folder: Path, console: Console) -> l
     diverged = []
     for number, (arm, seed) in enumerate(runs, 1):
         where = folder / arm.folder / f"seed_{seed}"
-        title = f"{number}/{len(runs)}  {arm.name}, seed {seed}: {arm.steps} steps of {arm.experiment.model.stack_text}"
+        stack = arm.experiment.usual_model.stack_text
+        title = f"{number}/{len(runs)}  {arm.name}, seed {seed}: {arm.steps} steps of {stack}"
         if results.finished(where, arm.steps):
             console.print(f"{title}: is done", markup=False, highlight=False, soft_wrap=True)
             continue

@@ -108,7 +108,7 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     return {
         "name": arm.name,
-        "stack": experiment.model.stack_text,
+        "stack": experiment.usual_model.stack_text,
         "eval_stack": model.stack_text,
         "hash": arm.hash,
         "overrides": dict(arm.changes),
