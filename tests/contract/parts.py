@@ -5,6 +5,7 @@ No list is kept by hand.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,9 @@ def identities() -> list[Part]:
     return found
 
 
+@functools.cache
 def build(stack: str, **settings: Any) -> Any:
-    """A tiny ViT over the stack."""
+    """A tiny ViT over the stack; the same for the same arguments, since to build one is to trace each of its parts."""
     size = settings.pop("size", "nano/2")
     train = settings.pop("train", True)
     outputs = settings.pop("num_outputs", OUTPUTS)

@@ -166,8 +166,11 @@ def test_bfloat16(part, images, cotangent):
 def test_tokens_stay_consistent(part, images):
     """Counts are as the program says; positions distinct; owners a partition; sizes what was merged."""
     model = parts.build(part.stack)
-    output = jax.jit(lambda s: _traced(model, s, images))(weights(part.stack))
     expected = [s for s in model.program.flat() if hasattr(s, "item")]
+    if not expected:
+        assert part.role == "ffn"  # every token of which stays where it is
+        return
+    output = jax.jit(lambda s: _traced(model, s, images))(weights(part.stack))
     seen = {(name, inside): leaves for (name, inside), leaves in output.items()}
     for step in expected:
         tokens = seen[step.name, False]
@@ -280,7 +283,8 @@ def test_one_trace_for_all_steps(part, images):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("execution", ["scan", "unroll"])
+# That scanned equals unrolled is tried above, for every part.
+@pytest.mark.parametrize("execution", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
 @pytest.mark.parametrize("part", IDENTITIES, ids=str)
 def test_identity_equals_dense(part, execution, images, cotangent):
     """With everything kept, logits equal the dense stack's bit for bit, and gradients to 1e-6 of the largest."""
