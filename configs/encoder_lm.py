@@ -15,15 +15,17 @@ batch of 256, a million steps; text of one's own as documents in files, and a vo
 
 from ml_collections.config_dict import ConfigDict
 
+from tokenlab.core.config import from_dataclass
+from tokenlab.data.sources import text
 from tokenlab.train import default_config
 
 
 def get_config(size: str = "miniature") -> ConfigDict:
     """The run: "miniature", or a published size."""
     small = size == "miniature"
-    config = default_config(model="encoder_lm", task="masked_lm", data="python_text" if small else "text")
-    config.data.encoder = True
+    config = default_config(model="encoder_lm", task="masked_lm", data="python_text")
     if small:
+        config.data.encoder = True
         config.steps = 1000
         config.batch_size = 32
         config.log_every = 50
@@ -49,10 +51,17 @@ def get_config(size: str = "miniature") -> ConfigDict:
     config.model.vocab_multiple = 64
     config.model.dtype = "bfloat16"
     config.model.execution = "scan"
-    config.data.files = ("corpus/*.jsonl",)
-    config.data.length = 512
-    config.data.tokenizer = "bpe(30522)"
-    config.data.isolate = False
+    config.data = from_dataclass(
+        text.Config(
+            name="text",
+            files=("corpus/*.jsonl",),
+            length=512,
+            tokenizer="bpe(30522)",
+            isolate=False,
+            encoder=True,
+            prefetch=2,
+        )
+    )
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 0.01
     config.optimizer.schedule.name = "linear"

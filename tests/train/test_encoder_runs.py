@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from ml_collections.config_dict import ConfigDict
 
-from tokenlab.core.config import override
+from tokenlab.core.config import from_dataclass, override
 from tokenlab.core.errors import CheckpointError, ConfigError
+from tokenlab.data.sources import labelled_text, text
 from tokenlab.evaluate import trained
 from tokenlab.train import default_config, loop
 from tokenlab.train.experiment import build as build_experiment
@@ -41,17 +42,17 @@ def shortened(config: ConfigDict, length: int, **changes: Any) -> ConfigDict:
 
 
 def masked(folder: Path, **changes: Any) -> ConfigDict:
-    config = default_config(model="encoder_lm", task="masked_lm", data="text")
-    config.data.files = str(folder / "text.txt")
-    config.data.split_on = "\n\n"
-    config.data.encoder = True
+    config = default_config(model="encoder_lm", task="masked_lm")
+    config.data = from_dataclass(
+        text.Config(name="text", files=str(folder / "text.txt"), split_on="\n\n", encoder=True)
+    )
     config.task.hide = "words"
     return shortened(config, 24, **changes)
 
 
 def classes(folder: Path, **changes: Any) -> ConfigDict:
-    config = default_config(model="encoder_lm", task="classify", data="labelled_text")
-    config.data.files = str(folder / "rows.tsv")
+    config = default_config(model="encoder_lm", task="classify")
+    config.data = from_dataclass(labelled_text.Config(name="labelled_text", files=str(folder / "rows.tsv")))
     config.model.head = "classify"
     config.model.vocab_size = 260
     config.model.positions = 24
