@@ -7,6 +7,10 @@ tokenlab cost  --config=configs/encoder_lm.py
 Two blocks of width 64, 64 tokens at a time from a vocabulary of 1,000 that is trained on the text itself. The text is
 the standard library of the Python that runs, so numbers differ a little from version to version.
 
+One seed on Python 3.11, 1,000 steps in 5 minutes on two cores that others used too: 5.31 nats a hidden token on the
+validation split and 5.41 on the test split, accuracy 0.12. A unigram of the training tokens has 5.93 on the former. For
+some 300 steps the loss stays at that of the unigram, as it does for encoders; it is still falling at the end.
+
 "tiny", "mini", "small", "medium", "base" and "large" give the published sizes with the settings of BERT: 512 tokens, a
 batch of 256, a million steps; text of one's own as documents in files, and a vocabulary of 30,522.
 
