@@ -72,7 +72,7 @@ class SkipViT(Skip):
     examples: ClassVar[tuple[str, ...]] = (
         "block + skipvit(0.45)(block*2) + block",
         "block + skipvit(5, rejoin=False)(block) + block",
-        "block + skipvit(0.45, by=learned, train_only=True)(block)",
+        "block + skipvit(0.45, by=learned, train_only=True)(block) + block",
     )
 
     def kept(self, present: int, protected: int) -> int:
