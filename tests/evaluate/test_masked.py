@@ -11,7 +11,7 @@ from PIL import Image
 
 from tokenlab.core.config import override
 from tokenlab.core.errors import CheckpointError
-from tokenlab.evaluate import command, trained
+from tokenlab.evaluate import command, cost_report, trained
 from tokenlab.models.state import flat
 from tokenlab.train import default_config, run
 from tokenlab.train.initialize import evaluation_params
@@ -50,6 +50,15 @@ def test_probes_read_whole_images_and_the_picture_shows_three_of_each(
         assert picture.width > 3 * 8 * 10 and len(np.unique(np.asarray(picture.convert("L")))) > 20
     dense = trained.load(workdir, {"model.keep": "1.0"})
     assert dense.model.tokens_per_example == 5
+
+
+def test_costs_are_beside_those_of_every_patch_seen() -> None:
+    report = cost_report(settings("mae", "mae"))
+    assert report.title == "block: cost of one example of digits, beside block*1 with keep=1.0"
+    seen, dense = (
+        next(row for row in made.rows if row.name == "block_00") for made in (report.table, report.dense)
+    )
+    assert (seen.tokens, dense.tokens) == (2, 5) and seen.forward_flops < dense.forward_flops
 
 
 def test_a_classifier_starts_from_the_encoder_and_is_told_what_is_left_out(

@@ -25,7 +25,8 @@ class CostReport:
 
     Attributes:
       table: of the stack, per example.
-      dense: of `block*L`, the dense stack of as many blocks; None for a model without a stack.
+      dense: of `block*L`, the dense stack of as many blocks, in a masked autoencoder that sees every patch; None for a
+        model without a stack.
       title: one line: the stack, and of what.
       rooflines: of the stack on the chip that was asked for, or None.
     """
@@ -79,8 +80,10 @@ def cost_report(
         None,
     )
     if model.program is not None:
-        dense = models.build(config.model, stack=f"block*{model.program.depth}", **facts)
-        title, beside = f"{title}, beside {dense.stack_text}", cost_table(dense, task, source.spec)
+        own = getattr(model, "dense_settings", {})
+        dense = models.build({**config.model, **own}, stack=f"block*{model.program.depth}", **facts)
+        told = "".join(f" with {key}={value}" for key, value in own.items())
+        title, beside = f"{title}, beside {dense.stack_text}{told}", cost_table(dense, task, source.spec)
     rooflines, only = None, config.optimizer.only
     if peaks is not None:
         batch = cost_table(model, task, source.spec, config.batch_size, only)
