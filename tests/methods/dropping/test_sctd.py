@@ -136,16 +136,15 @@ def test_what_makes_no_sense():
 
 def test_with_everything_kept_both_runs_are_one():
     """Without dropout: no divergence and no gradient of it; the loss is the dense cross-entropy whatever its share."""
-    value, metrics, _ = losses(build(keep=1.0))
+    value, metrics, heavy = losses(build(keep=1.0), lam=1.0)
     for name in ("kl_penultimate", "kl_last"):
-        assert float(metrics[name][0]) == 0 and float(metrics[name][1]) == B
-    assert metrics["dense_loss"][0] == metrics["loss"][0]
+        np.testing.assert_allclose(metrics[name][0], 0, atol=1e-6)
+        assert float(metrics[name][1]) == B
+    np.testing.assert_allclose(metrics["dense_loss"][0], metrics["loss"][0], rtol=1e-6)
     length = encoders.batch(B, N)["length"].sum()
     np.testing.assert_allclose(value * length, metrics["loss"][0], rtol=1e-6)
-    heavy = losses(build(keep=1.0), lam=1e4)[2]
     light = losses(build(keep=1.0), lam=0.0)[2]
-    difference = jax.tree.map(lambda a, b: a - b, heavy, light)
-    assert largest(difference) < 1e-5 * largest(light) * 1e2
+    assert largest(jax.tree.map(lambda a, b: a - b, heavy, light)) < 1e-6 * largest(light)
 
 
 def test_only_steps_that_align_run_dense():
