@@ -39,20 +39,19 @@ def state():
 
 
 def losses(model, *, train=True, **settings):
-    """Loss, metrics and gradients with respect to the weights, of one batch."""
-    task, given = SctdTask(SctdConfig(**settings)), jax.tree.map(jnp.asarray, encoders.batch(B, N))
-    held = state()["statistics"]
-
-    def loss(params):
-        return task.loss(model, {**params, "statistics": held}, given, rng=KEY, train=train)
-
-    params = {name: leaf for name, leaf in state().items() if name != "statistics"}
-    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return value, {name: pair for name, pair in metrics.items() if "/" not in name}, grads
+    """Loss and metrics of one batch."""
+    return jax.jit(loss_of(model, SctdTask(SctdConfig(**settings)), train))(state())
 
 
-def largest(tree):
-    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+def loss_of(model, task, train=True):
+    """A function of the model's state, of one batch; metrics without what is said of statistics."""
+    given = jax.tree.map(jnp.asarray, encoders.batch(B, N))
+
+    def loss(state):
+        value, metrics = task.loss(model, state, given, rng=KEY, train=train)
+        return value, {name: pair for name, pair in metrics.items() if "/" not in name}
+
+    return loss
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -136,15 +135,20 @@ def test_what_makes_no_sense():
 
 def test_with_everything_kept_both_runs_are_one():
     """Without dropout: no divergence and no gradient of it; the loss is the dense cross-entropy whatever its share."""
-    value, metrics, heavy = losses(build(keep=1.0), lam=1.0)
-    for name in ("kl_penultimate", "kl_last"):
-        np.testing.assert_allclose(metrics[name][0], 0, atol=1e-6)
-        assert float(metrics[name][1]) == B
+    held, loss = state()["statistics"], loss_of(build(keep=1.0), SctdTask())
+
+    def divergence(params):
+        value, metrics = loss({**params, "statistics": held})
+        return metrics["kl_penultimate"][0] + metrics["kl_last"][0], (value, metrics)
+
+    params = {name: leaf for name, leaf in state().items() if name != "statistics"}
+    (found, (value, metrics)), grads = jax.jit(jax.value_and_grad(divergence, has_aux=True))(params)
+    np.testing.assert_allclose(found, 0, atol=2e-6)
+    assert float(metrics["kl_last"][1]) == B
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) < 1e-4
     np.testing.assert_allclose(metrics["dense_loss"][0], metrics["loss"][0], rtol=1e-6)
     length = encoders.batch(B, N)["length"].sum()
     np.testing.assert_allclose(value * length, metrics["loss"][0], rtol=1e-6)
-    light = losses(build(keep=1.0), lam=0.0)[2]
-    assert largest(jax.tree.map(lambda a, b: a - b, heavy, light)) < 1e-6 * largest(light)
 
 
 def test_only_steps_that_align_run_dense():
@@ -160,33 +164,25 @@ def test_only_steps_that_align_run_dense():
     costs = [train_cost(build(align=align), task, spec, B).model_flops for align in (0, 1)]
     dense = train_cost(build(train=False), MaskedLM(), spec, B).model_flops
     assert costs[1] == costs[0] + dense and costs[0] < dense
-    _, aligned, _ = losses(build())
-    _, plain, grads = losses(build(align=0), normalize="hidden")
+    _, aligned = losses(build())
+    value, plain = losses(build(align=0), normalize="hidden")
     assert aligned.keys() == plain.keys()
     assert [float(plain[name][1]) for name in ("dense_loss", "kl_penultimate", "kl_last")] == [0, 0, 0]
-    assert float(aligned["kl_last"][0]) > 0 and float(aligned["kl_penultimate"][0]) > 0
+    assert float(aligned["kl_last"][0]) > 1e-4 and float(aligned["kl_penultimate"][0]) > 1e-4
     assert float(aligned["dense_loss"][0]) != float(aligned["loss"][0])
     np.testing.assert_allclose(aligned["loss"][0], plain["loss"][0], rtol=1e-6)
-    given = jax.tree.map(jnp.asarray, encoders.batch(B, N))
-    held = state()["statistics"]
-    params = {name: leaf for name, leaf in state().items() if name != "statistics"}
-
-    def masked(params):
-        whole = {**params, "statistics": held}
-        return MaskedLM().loss(build(align=0), whole, given, rng=KEY, train=True)[0]
-
-    expected = jax.jit(jax.grad(masked))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
+    masked, _ = jax.jit(loss_of(build(align=0), MaskedLM()))(state())
+    np.testing.assert_allclose(value, masked, rtol=1e-6)
 
 
 def test_the_dense_run_draws_for_itself():
     """With dropout the two runs differ even where everything is kept."""
-    _, metrics, _ = losses(build(keep=1.0, dropout=0.2))
-    assert float(metrics["kl_last"][0]) > 0
+    _, metrics = losses(build(keep=1.0, dropout=0.2))
+    assert float(metrics["kl_last"][0]) > 1e-3
 
 
 def test_evaluation_is_dense_and_tells_the_cosine():
-    value, metrics, _ = losses(build(train=False), train=False)
+    value, metrics = losses(build(train=False), train=False)
     plain = losses(encoders.build("block*4", N), train=False)
     assert metrics["loss"][0] == plain[1]["loss"][0] and value == plain[0]
     assert "cls_cosine" not in plain[1] and "kl_last" not in metrics
