@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ml_collections.config_dict import ConfigDict
 
-from tokenlab.core.config import from_dataclass, load
+from tokenlab.core.config import load
 from tokenlab.core.errors import ConfigError
-from tokenlab.tasks import sctd
+from tokenlab.train import default_config
 
 HERE = Path(__file__).parent
 
@@ -28,8 +28,7 @@ def get_config(size: str = "miniature") -> ConfigDict:
     before, inside, keep = (2, 3, 63) if small else (11, 12, 255)
     config.model.stack = f"block*{before} + sctd(keep={keep}, align=a)(block*{inside}) + block"
     config.stack_vars = ConfigDict({"a": "every 10: 1 else 0"})
-    config.task = from_dataclass(sctd.Config())
-    config.task.name = "sctd"
+    config.task = default_config(model="encoder_lm", task="sctd", data="python_text").task
     if small:
         return config
     config.steps = 250_000

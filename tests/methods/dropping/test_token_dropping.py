@@ -13,9 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests import decoders, encoders
 from tokenlab import models, tasks
 from tokenlab.core.errors import ShapeError, StackError, TokenLabError
+from tokenlab.core.tokens import Tokens
 from tokenlab.cost.flops import count
+from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.scores.importance import PINNED, TokenImportance
-from tokenlab.methods.dropping.token_dropping import top_k_tokens
+from tokenlab.layers.scores.norm import Norm
+from tokenlab.methods.dropping.token_dropping import TokenDropping, top_k_tokens
 from tokenlab.ops.gather import gather, scatter
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import DEFAULT_RULES
@@ -180,11 +183,28 @@ def test_dropped_tokens_are_as_before_the_bridge_and_teach_blocks_inside_nothing
     (_, x), grads = jax.jit(jax.value_and_grad(dropped, has_aux=True))(params)
     first = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"])}
     plain = jax.jit(lambda s: before.apply(s, given, train=True).tokens)(first)
-    np.testing.assert_array_equal(gather(x, rest), gather(plain, rest))
+    np.testing.assert_allclose(gather(x, rest), gather(plain, rest), atol=2e-6)
     assert not np.array_equal(gather(x, inside), gather(plain, inside))
     for leaf in jax.tree.leaves(grads["blocks"]):
         assert (np.asarray(leaf[1:]) == 0).all()
     assert np.abs(grads["blocks"]["mlp"]["up"]["kernel"][0]).max() > 0
+
+
+def test_dropped_tokens_go_around_the_body_bit_for_bit():
+    item = TokenDropping(keep=11, by=Norm())
+    x = jax.random.normal(KEY, (B, N, 5))
+    tokens = Tokens(x, jnp.broadcast_to(jnp.arange(N), (B, N)), protected=1)
+    seen = []
+
+    def body(part, outside):
+        seen.append(outside.x)
+        return part.replace(x=part.x + 1), Aux()
+
+    done, _ = item({}, tokens, Context(KEY, True), {}, KEY, body)
+    inside = np.asarray(done.x != x).all(axis=-1)
+    assert (inside.sum(axis=1) == 12).all() and seen[0] is x
+    np.testing.assert_array_equal(np.asarray(done.x)[~inside], np.asarray(x)[~inside])
+    np.testing.assert_array_equal(np.asarray(done.x)[inside], np.asarray(x + 1)[inside])
 
 
 def test_dropped_tokens_are_seen_by_the_bridge():
