@@ -62,7 +62,7 @@ def _pairs(examples: int) -> ArraySource:
 
 
 def _pictures(labels: np.ndarray, wanted: np.ndarray, stream: int) -> np.ndarray:
-    """A picture of every digit in `wanted` [n]: those of each digit in turn, in a new order whenever they are used up."""
+    """A picture of every digit in `wanted` [n]: those of a digit in turn, in a new order whenever they are used up."""
     found = np.empty(len(wanted), dtype=np.int64)
     for digit in range(digits.NUM_CLASSES):
         places, pictures = np.flatnonzero(wanted == digit), np.flatnonzero(labels == digit)
