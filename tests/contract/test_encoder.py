@@ -20,7 +20,11 @@ from tokenlab.tasks import build
 N, B = 17, 4  # 16 tokens behind CLS, as many as the contract's pictures have patches
 TASK = build({"name": "masked_lm", "ratio": 0.25})
 FIRST = list({(part.role, part.name): part for part in reversed(parts.find())}.values())[::-1]
-LAYERS = [part for part in FIRST if part.role == "ffn" and part.name not in ("mlp", "swiglu")]
+SLOW = [
+    part
+    for part in FIRST
+    if part.role == "score" or part.name not in ("mlp", "swiglu") and part.role == "ffn"
+]
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -31,7 +35,7 @@ def needs_more(stack):
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=pytest.mark.slow if p in LAYERS else ()) for p in FIRST], ids=str
+    "part", [pytest.param(p, marks=pytest.mark.slow if p in SLOW else ()) for p in FIRST], ids=str
 )
 def test_every_part_runs_and_does_not_see_padding(part):
     if needs_more(part.stack):
@@ -47,12 +51,13 @@ def test_every_part_runs_and_does_not_see_padding(part):
         output = model.apply(state, batch, rng=jax.random.key(1))
         return jnp.sum(output.features**2), output
 
-    (_, plain), gradient = quick(jax.value_and_grad(run, has_aux=True))(state, hidden)
+    compiled = quick(jax.value_and_grad(run, has_aux=True))
+    (_, plain), gradient = compiled(state, hidden)
     assert np.isfinite(plain.logits).all() and np.isfinite(plain.features).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert plain.logits.shape == (B, 5, encoders.VOCABULARY) and (np.asarray(plain.places)[:, 0] >= -1).all()
     other = {**hidden, "ids": np.where(inside, hidden["ids"], 5)}
-    _, changed = quick(run)(state, other)
+    (_, changed), _ = compiled(state, other)
     np.testing.assert_allclose(changed.features, plain.features, atol=1e-5)
 
 
@@ -66,6 +71,10 @@ def test_an_identity_is_the_dense_encoder(part):
     fresh = encoders.weights(model)
     fresh = {**fresh, **state, **({"items": fresh["items"]} if "items" in fresh else {})}
     batch = {key: leaf for key, leaf in encoders.batch(B, N).items() if key in ("ids", "length")}
-    found = quick(partial(model.apply, execution="unroll"))(fresh, batch)
+    # As in training: outside it, what a router decides alone need not be everything.
+    found = quick(partial(model.apply, execution="unroll", train=True))(fresh, batch)
     wanted = quick(partial(dense.apply, execution="unroll"))(state, batch)
-    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-6)
+    inside = np.arange(N) < batch["length"][:, None]
+    np.testing.assert_allclose(
+        np.asarray(found.logits)[inside], np.asarray(wanted.logits)[inside], atol=1e-5, rtol=1e-5
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +71,35 @@ def whole(folder: Path) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder: Path, whole: Path) -> None:
     workdir = folder / "halves"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Interrupt, "requested", lambda self, step: step == 2)
+
+    def requested(self: Any, step: int) -> bool:
+        if step == 2:
+            self._received = signal.SIGTERM
+        return step == 2
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop.Interrupt, "requested", requested)
         loop.run(masked(folder), workdir)
     assert len(losses(workdir)) == 2
     loop.run(masked(folder), workdir)
     assert len(losses(whole)) == 4 and losses(workdir) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_alike_whenever_it_is(whole: Path) -> None:
     found = trained.load(whole)
     assert found.step == 4 and found.model.stack_text == "block*2"
-    with pytest.raises(ConfigError):
+    with pytest.raises(CheckpointError, match="embed/position"):
         trained.load(whole, {"data.length": 12})
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_is_tuned_with_a_fresh_head(folder: Path, whole: Path) -> None:
     changes = {"init_from.path": str(whole), "init_from.fresh": ("head",)}
-    result = loop.run(classes(folder, **changes), folder / "tuned")
-    assert {"accuracy", "loss"} <= set(result) or result
+    loop.run(classes(folder, **changes), folder / "tuned")
     before, after = trained.load(whole).params, trained.load(folder / "tuned").params
     assert before["embed"]["table"].shape == after["embed"]["table"].shape
     # Four steps move weights a little; fresh ones would be elsewhere.
@@ -98,6 +107,7 @@ def test_a_trained_encoder_is_tuned_with_a_fresh_head(folder: Path, whole: Path)
     assert 0 < moved < 0.02 and set(after["head"]) == {"pooler", "classifier"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
