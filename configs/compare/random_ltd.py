@@ -1,12 +1,13 @@
 """Random-LTD against dense training, at equal layer tokens and at equal steps: a decoder, or a ViT. Three seeds.
 
 tokenlab compare --config=configs/compare/random_ltd.py --workdir=runs/compare_random_ltd
-tokenlab compare --config=configs/compare/random_ltd.py:decoder,steps --workdir=runs/compare_random_ltd_steps
 tokenlab compare --config=configs/compare/random_ltd.py:vit --workdir=runs/compare_random_ltd_vit
+tokenlab compare --config=configs/compare/random_ltd.py:decoder,steps --workdir=runs/compare_random_ltd_steps
 tokenlab compare --config=configs/compare/random_ltd.py:vit,steps --workdir=runs/compare_random_ltd_vit_steps
 
-At equal layer tokens random-LTD has its steps, and the dense model stops where it has computed as much; at equal steps
-the dense model computes more. Evaluation is dense for all.
+One report holds both: random-LTD has its steps, "dense" stops where it has computed as many layer tokens, and "dense,
+equal steps" trains as many steps, which is more; the report says how much more. ",steps" asks what the clock of the
+learning rate is worth at equal steps. Evaluation is dense for all.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ NAMES = {"decoder": "shakespeare", "vit": "vit"}
 
 
 def get_config(run: str = "decoder") -> ConfigDict:
-    """The comparison of a decoder or a "vit"; ",steps" behind it is the one at equal steps."""
+    """The comparison of a decoder or a "vit"; ",steps" behind it is the one of clocks, at equal steps."""
     name, _, kind = run.partition(",")
     if name not in STEPS or kind not in ("", "steps"):
         raise ConfigError(f"no comparison {run!r}: expected decoder or vit, with ',steps' behind it or not.")
@@ -44,8 +45,8 @@ def get_config(run: str = "decoder") -> ConfigDict:
         config.title = "Random-LTD at equal steps"
         config.budget.kind = "steps"
     else:
-        config.arms = (own, dense)
-        config.title = "Random-LTD at equal layer tokens"
+        config.arms = (own, dense, {**dense, "name": "dense, equal steps", "steps_of": own["name"]})
+        config.title = "Random-LTD and dense training at equal layer tokens and at equal steps"
         config.budget.kind = "layer_tokens"
     config.baseline = config.arms[0]["name"]
     return config

@@ -12,6 +12,7 @@ from ml_collections.config_dict import ConfigDict
 from tests.compare.conftest import small
 from tokenlab.compare import arms, budget, command
 from tokenlab.compare.config import CompareConfig
+from tokenlab.compare.report import reading
 from tokenlab.core.config import override, to_dataclass
 from tokenlab.core.errors import ConfigError, DataError
 
@@ -68,6 +69,65 @@ def test_the_amount_is_what_was_planned(tmp_path: Path, timed: list[list[str]]) 
         "tolerance": None,
         "largest_deviation": None,
     }
+
+
+def with_equal_steps(**changes: Any) -> ConfigDict:
+    """The dense arm a second time, as often trained as `keep`."""
+    config = small(**changes)
+    config.arms = (*config.arms, {**config.arms[0], "name": "dense, equal steps", "steps_of": "keep"})
+    return config
+
+
+def test_an_arm_may_have_the_steps_of_another(tmp_path: Path) -> None:
+    config = with_equal_steps(**{"budget.kind": "layer_tokens"})
+    ready, amount = arms.resolve(to_dataclass(CompareConfig, config), tmp_path)
+    dense, keep, more = ready
+    assert dense.steps == 60 < keep.steps == more.steps
+    assert more.folder != dense.folder and more.costs is dense.costs and more.steps_of == "keep"
+    said = json.loads((tmp_path / "plan.json").read_text())
+    assert [entry["steps"] for entry in said["arms"].values()] == [60, keep.steps, keep.steps]
+    assert resolve(config, tmp_path) == ({arm.name: arm.steps for arm in ready}, amount)
+    assert json.loads((tmp_path / "plan.json").read_text()) == said
+    config.arms = (
+        config.arms[0],
+        {**config.arms[1], "model.stack": "block + keep(1, by=cls) + block"},
+        *config.arms[2:],
+    )
+    other, _ = resolve(config, tmp_path)  # its steps are those of the arm as it is now
+    assert other["dense, equal steps"] == other["keep"] > keep.steps
+
+
+def test_the_report_says_what_an_arm_with_the_steps_of_another_spends(tmp_path: Path) -> None:
+    config = with_equal_steps(**{"budget.kind": "layer_tokens"})
+    found = command.run(config, tmp_path, training=False)
+    dense, keep, more = found["arms"]
+    assert [arm["steps_of"] for arm in (dense, keep, more)] == [None, None, "keep"]
+    assert more["layer_tokens"] == dense["layer_tokens"] * keep["steps"] / 60
+    off = 100 * (more["layer_tokens"] / found["budget"]["amount"] - 1)
+    assert off > 5
+    (note, *_) = found["notes"]
+    assert note.startswith(f"dense, equal steps has the {keep['steps']} steps of keep: ")
+    assert (
+        f"layer tokens, {off:.3g} % more than the " in note
+        and "3 arms are to be trained" in reading.compared(found)
+    )
+    assert "(within 1 %) but for dense, equal steps, with the steps of keep, and" in reading.compared(found)
+    assert note in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_with_such_an_arm_training_flops_are_not_taken_for_equal(tmp_path: Path) -> None:
+    found = command.run(with_equal_steps(), tmp_path, training=False)
+    assert reading.main_cost(found).key == "train_flops" and reading.unequal(found) == ["dense, equal steps"]
+    found["arms"] = found["arms"][:2]
+    assert reading.main_cost(found).key == "forward_flops"
+
+
+def test_an_arm_with_the_steps_of_another_is_not_timed(tmp_path: Path, timed: list[list[str]]) -> None:
+    config = with_equal_steps(**{"budget.kind": "seconds", "budget.amount": 3.0})
+    assert resolve(config, tmp_path) == ({"dense": 300, "keep": 300, "dense, equal steps": 300}, 3.0)
+    assert timed == [["dense", "keep"]]
+    (note, *_) = command.run(config, tmp_path, training=False)["notes"]
+    assert note == "dense, equal steps has the 300 steps of keep: how much is known when it is trained."
 
 
 def test_a_report_measures_nothing(tmp_path: Path, timed: list[list[str]]) -> None:

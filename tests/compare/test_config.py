@@ -39,6 +39,11 @@ def test_arms_of_nothing_are_refused(make: Any, changes: dict[str, Any]) -> None
         make(changes)
 
 
+def follower(of: Any) -> tuple[dict[str, Any], ...]:
+    """Three arms, of which the third has the steps of the arm `of`."""
+    return ({"name": "dense"}, {"name": "keep"}, {"name": "more", "steps_of": of})
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -59,6 +64,18 @@ def test_arms_of_nothing_are_refused(make: Any, changes: dict[str, Any]) -> None
         ({"budget.amount": -3.0}, "config.budget.amount is -3.0"),
         ({"budget.amount": float("nan")}, "config.budget.amount is nan"),
         ({"pictures": -1}, "config.pictures is -1"),
+        ({"arms": follower("kep")}, r"arms\[2\].steps_of 'kep' is the name of no arm. Did you mean 'keep'"),
+        ({"arms": follower("more")}, "steps_of 'more' is the arm itself"),
+        (
+            {"arms": (*follower("keep"), {"name": "d", "steps_of": "more"})},
+            "'more' has the steps of 'keep' itself",
+        ),
+        ({"arms": follower("keep"), "budget.kind": "steps"}, "gives all arms as many: leave steps_of out"),
+        (
+            {"arms": follower("keep"), "baseline": "more"},
+            "of the baseline 'more', whose steps decide the budget",
+        ),
+        ({"arms": follower(3)}, "steps_of 3 is the name of no arm"),
     ],
 )
 def test_wrong_comparisons(changes: dict[str, Any], expected: str) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ml_collections.config_dict import ConfigDict
 
 from tokenlab import data
 from tokenlab.compare import budget
-from tokenlab.compare.config import CompareConfig
+from tokenlab.compare.config import CompareConfig, changes_of
 from tokenlab.core.config import diff, flatten, override, to_json
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.cost import Cost
@@ -44,6 +44,8 @@ class Arm:
       source: its data; arms with the same settings share one.
       step_seconds: measured before training for each set of numbers in the stack, for a budget of seconds.
       costs: counted so far, of a step for each set of numbers in the stack; they do not depend on the number of steps.
+        Arms that differ in their steps alone share them.
+      steps_of: name of the arm that it has the steps of; None where the budget decides.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Arm:
     source: data.Dataset
     step_seconds: Mapping[str, float] | None = None
     costs: dict[str, Cost] = field(default_factory=dict, repr=False)
+    steps_of: str | None = None
 
     @property
     def steps(self) -> int:
@@ -110,14 +113,16 @@ def resolve(config: CompareConfig, folder: Path, *, measure: bool = True) -> tup
     base = ConfigDict(dict(config.base))
     sources: dict[str, data.Dataset] = {}
     arms: dict[str, Arm] = {}
+    costs: dict[str, dict[str, Cost]] = {}
     for given in config.arms:
-        changes = {key: value for key, value in given.items() if key != "name"}
+        changes = changes_of(given)
         with _named(given["name"]):
             changed = budget.scalable(override(base, changes))
             key = to_json(changed.data)
             if key not in sources:
                 sources[key] = data.build(changed.data)
-            arms[given["name"]] = Arm(given["name"], changes, changed, sources[key])
+            arm = Arm(given["name"], changes, changed, sources[key], steps_of=given.get("steps_of"))
+            arms[arm.name] = replace(arm, costs=costs.setdefault(arm.hash, {}))
     _distinct(arms)
     _measured_alike(arms, config.baseline)
     asked = _asked(config, arms)
@@ -125,13 +130,13 @@ def resolve(config: CompareConfig, folder: Path, *, measure: bool = True) -> tup
     found = next(
         (plan for plan in plans if plan["asked"] == asked), {"asked": asked, "amount": None, "arms": {}}
     )
-    new = {name: arm for name, arm in arms.items() if arm.hash not in found["arms"]}
+    new = {name: arm for name, arm in arms.items() if _entry(arm, arms) not in found["arms"]}
     if new and config.budget.kind == "seconds" and not measure:
         raise DataError(
             f"{folder / PLAN} does not say how many steps arm {next(iter(new))!r} trains, and a report measures "
             "nothing: copy plan.json beside the arms."
         )
-    plan = _solved(found, new, config) if new else found
+    plan = _solved(found, new, arms, config) if new else found
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,10 +146,10 @@ def resolve(config: CompareConfig, folder: Path, *, measure: bool = True) -> tup
     others = [other for other in plans if other is not found]
     write_json(folder / PLAN, {"format": FORMAT, **plan, "others": others})
     ready = []
-    for name, arm in arms.items():
-        entry = plan["arms"][arm.hash]
+    for arm in arms.values():
+        entry = plan["arms"][_entry(arm, arms)]
         settled = override(arm.config, {"steps": entry["steps"]})
-        ready.append(Arm(name, arm.changes, settled, arm.source, entry["step_seconds"], arm.costs))
+        ready.append(replace(arm, config=settled, step_seconds=entry["step_seconds"]))
     return ready, plan["amount"]
 
 
@@ -152,12 +157,18 @@ def _distinct(arms: Mapping[str, Arm]) -> None:
     """No two arms do the same."""
     seen: dict[str, str] = {}
     for name, arm in arms.items():
-        if arm.hash in seen:
+        entry = _entry(arm, arms)
+        if entry in seen:
             raise ConfigError(
-                f"arms {seen[arm.hash]!r} and {name!r} have the same configuration, apart from keys that change no "
+                f"arms {seen[entry]!r} and {name!r} have the same configuration, apart from keys that change no "
                 "result: leave one of them out."
             )
-        seen[arm.hash] = name
+        seen[entry] = name
+
+
+def _entry(arm: Arm, arms: Mapping[str, Arm]) -> str:
+    """Where a plan has its steps: the arm's hash, and behind it that of the arm whose steps it has."""
+    return arm.hash if arm.steps_of is None else f"{arm.hash}, steps of {arms[arm.steps_of].hash}"
 
 
 def _measured_alike(arms: Mapping[str, Arm], baseline: str) -> None:
@@ -191,25 +202,34 @@ def _asked(config: CompareConfig, arms: Mapping[str, Arm]) -> dict[str, Any]:
     }
 
 
-def _solved(plan: Mapping[str, Any], new: Mapping[str, Arm], config: CompareConfig) -> dict[str, Any]:
-    """A plan with the steps, and measured seconds a step, of further arms.
+def _solved(
+    plan: Mapping[str, Any], new: Mapping[str, Arm], arms: Mapping[str, Arm], config: CompareConfig
+) -> dict[str, Any]:
+    """A plan with the steps, and measured seconds a step, of further arms: `new` of all `arms`.
 
-    Where it knows no amount yet, it knows no arm either, and what the baseline spends is the amount.
+    Where it knows no amount yet, it knows no arm either, and what the baseline spends is the amount. An arm with the
+    steps of another spends what it spends.
     """
     kind, amount = config.budget.kind, plan["amount"]
+    spenders = {name: arm for name, arm in new.items() if arm.steps_of is None}
     seconds: dict[str, dict[str, float]] = {}
-    if kind == "seconds":
-        seconds = budget.step_seconds({name: arm.experiment for name, arm in new.items()})
+    if kind == "seconds" and spenders:
+        seconds = budget.step_seconds({name: arm.experiment for name, arm in spenders.items()})
     spending = {
-        name: budget.Spending(arm.experiment, kind, seconds.get(name), arm.costs) for name, arm in new.items()
+        name: budget.Spending(arm.experiment, kind, seconds.get(name), arm.costs)
+        for name, arm in spenders.items()
     }
     if amount is None:
         base = config.baseline
         amount = spending[base](new[base].steps) if config.budget.amount is None else config.budget.amount
     entries = dict(plan["arms"])
-    for name, arm in new.items():
+    for name, arm in spenders.items():
         steps = budget.solve(name, spending[name], kind, amount)
-        entries[arm.hash] = {"name": name, "steps": steps, "step_seconds": seconds.get(name)}
+        entries[_entry(arm, arms)] = {"name": name, "steps": steps, "step_seconds": seconds.get(name)}
+    for name, arm in new.items():
+        if arm.steps_of is not None:
+            steps = entries[_entry(arms[arm.steps_of], arms)]["steps"]
+            entries[_entry(arm, arms)] = {"name": name, "steps": steps, "step_seconds": None}
     return {"asked": plan["asked"], "amount": amount, "arms": entries}
 
 

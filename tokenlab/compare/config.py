@@ -20,6 +20,9 @@ NAME = re.compile(r"[A-Za-z0-9][\w.,+()= -]*")
 Arm = dict[str, Any]
 """{"name": ..., "model.stack": ..., ...}: a name, and what it changes in the base configuration."""
 
+OWN = ("name", "steps_of")
+"""Keys of an arm that are no keys of the base configuration."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -48,7 +51,8 @@ class CompareConfig:
     Attributes:
       title: of the report.
       base: configuration of a training run, from which every arm starts.
-      arms: each {"name": ..., "model.stack": ..., ...}: dotted keys of `base` with the values they get.
+      arms: each {"name": ..., "model.stack": ..., ...}: dotted keys of `base` with the values they get. With
+        "steps_of": NAME an arm trains as many steps as that one, whatever the budget; the report says what it spends.
       baseline: name of the arm that the others are compared with.
       seeds: each arm is trained from each; arms share them, so that data come in the same order.
       budget: of each run.
@@ -85,6 +89,8 @@ class CompareConfig:
             raise ConfigError(
                 f"config.baseline {self.baseline!r} is the name of no arm.{suggest(self.baseline, names)}"
             )
+        for number, arm in enumerate(self.arms):
+            self._check_steps_of(arm, f"config.arms[{number}].steps_of")
         if not self.seeds:
             raise ConfigError("config.seeds is empty: expected a seed or more, such as (0, 1, 2).")
         for seed in self.seeds:
@@ -100,6 +106,31 @@ class CompareConfig:
                     f"config.also.{metric} is {way!r}: expected 'min' or 'max', which is better."
                 )
 
+    def _check_steps_of(self, arm: Mapping[str, Any], path: str) -> None:
+        if "steps_of" not in arm:
+            return
+        name, own = arm["steps_of"], arm["name"]
+        arms = {other["name"]: other for other in self.arms}
+        if name not in arms:
+            raise ConfigError(f"{path} {name!r} is the name of no arm.{suggest(str(name), arms)}")
+        if name == own:
+            raise ConfigError(f"{path} {name!r} is the arm itself: expected another, or leave steps_of out.")
+        if "steps_of" in arms[name]:
+            raise ConfigError(
+                f"{path} {name!r} has the steps of {arms[name]['steps_of']!r} itself: expected an arm whose steps the "
+                "budget decides."
+            )
+        if self.budget.kind == "steps":
+            raise ConfigError(
+                f"{path} is {name!r}, and config.budget.kind 'steps' gives all arms as many: leave steps_of out, or "
+                "choose another budget."
+            )
+        if own == self.baseline and self.budget.amount is None:
+            raise ConfigError(
+                f"{path} is of the baseline {own!r}, whose steps decide the budget: give config.budget.amount, or "
+                "choose another baseline."
+            )
+
 
 def _check_name(arm: Any, path: str) -> None:
     if not isinstance(arm, Mapping) or "name" not in arm:
@@ -112,6 +143,11 @@ def _check_name(arm: Any, path: str) -> None:
         if key in ("seed", "steps"):
             owner = "config.seeds" if key == "seed" else "config.budget"
             raise ConfigError(f"{path} sets {key!r}, which {owner} decides: leave it out.")
+
+
+def changes_of(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """What an arm changes in the base configuration: dotted key -> value."""
+    return {key: value for key, value in arm.items() if key not in OWN}
 
 
 def default_config() -> ConfigDict:

@@ -17,6 +17,7 @@ from tokenlab.compare import budget, reach
 from tokenlab.compare.arms import Arm
 from tokenlab.compare.config import CompareConfig
 from tokenlab.core.errors import ConfigError, DataError, suggest
+from tokenlab.cost import pretty
 from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.train import costs, manifest
 from tokenlab.train.records import environment, read_metrics, read_run
@@ -70,6 +71,7 @@ def collect(
         "seeds": list(config.seeds),
         "arms": entries,
         "notes": [
+            *_unequal(config.budget.kind, amount, entries),
             *_missing(config, entries),
             *_late(config.budget.kind, amount, entries),
             *_unlike(environments),
@@ -81,7 +83,8 @@ def _budget(kind: str, amount: float, entries: Sequence[Mapping[str, Any]]) -> d
     """What every run may spend: met within the tolerance where it is counted, and of seconds how far a run was off."""
     if kind != "seconds":
         return {"kind": kind, "amount": amount, "tolerance": 2 * budget.TOLERANCE}
-    off = [abs(run["seconds"] / amount - 1) for entry in entries for run in entry["runs"]]
+    runs = [run for entry in entries if entry["steps_of"] is None for run in entry["runs"]]
+    off = [abs(run["seconds"] / amount - 1) for run in runs]
     return {"kind": kind, "amount": amount, "tolerance": None, "largest_deviation": max(off, default=None)}
 
 
@@ -116,6 +119,7 @@ def _arm(config: CompareConfig, arm: Arm, folder: Path, split: str, command: str
         "command": f"{command} {shlex.quote(f'--arm={arm.name}')}",
         "status": status,
         "steps": arm.steps,
+        "steps_of": arm.steps_of,
         "train_flops": counted["flops"],
         "train_flops_with_recompute": counted["flops_with_recompute"],
         "layer_tokens": counted["layer_tokens"],
@@ -238,6 +242,21 @@ def _versus(entry: Mapping[str, Any], baseline: Mapping[str, Any], metric: str) 
     }
 
 
+def _unequal(kind: str, amount: float, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the arms spend that have the steps of another instead of the budget."""
+    notes = []
+    for entry in entries:
+        if entry["steps_of"] is None:
+            continue
+        spent = entry[{"flops": "train_flops"}.get(kind, kind)]
+        much = "how much is known when it is trained"
+        if spent is not None:
+            off = f"{100 * abs(spent / amount - 1):.3g} % {'more' if spent >= amount else 'less'}"
+            much = f"{pretty(spent)} {budget.UNITS[kind]}, {off} than the {pretty(amount)} of the budget"
+        notes.append(f"{entry['name']} has the {entry['steps']:,} steps of {entry['steps_of']}: {much}.")
+    return notes
+
+
 def _missing(config: CompareConfig, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     for entry in entries:
@@ -258,7 +277,9 @@ def _late(kind: str, amount: float, entries: Sequence[Mapping[str, Any]]) -> lis
         f"{entry['name']}: trained for {entry['seconds']:.1f} s, {entry['seconds'] / amount - 1:+.0%} of the budget of "
         f"{amount:.1f} s; a step was faster or slower than when it was timed beforehand."
         for entry in entries
-        if entry["seconds"] is not None and abs(entry["seconds"] / amount - 1) > budget.FORECAST
+        if entry["steps_of"] is None
+        and entry["seconds"] is not None
+        and abs(entry["seconds"] / amount - 1) > budget.FORECAST
     ]
 
 

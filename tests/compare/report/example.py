@@ -141,6 +141,7 @@ def _arm(name: str) -> dict[str, Any]:
         "command": f"tokenlab train --config=configs/compare/vit_digits.py --config.model.stack='{stack}'",
         "status": "waiting" if waiting else "partial" if name == "depth" else "finished",
         "steps": steps,
+        "steps_of": None,
         "train_flops": steps * 3 * forward * 128,
         "train_flops_with_recompute": steps * 4 * forward * 128,
         "layer_tokens": steps * 128 * sum(tokens),

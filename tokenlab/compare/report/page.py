@@ -191,7 +191,9 @@ def _pareto_figure(results: Mapping[str, Any], cost: reading.Cost) -> str:
         return f'<figure>{heading}<p class="empty">No arm has both a result and this cost yet.</p></figure>'
     caption = f"On the front: {escape(reading.listed(best))}."
     if reading.equal_cost(results) == cost.key:
-        caption += " The budget makes this cost the same for all."
+        but = reading.unequal(results)
+        all_but = f"all but {escape(reading.listed(but))}" if but else "all"
+        caption += f" The budget makes this cost the same for {all_but}."
     lacks = [arm["name"] for arm in results["arms"] if arm["quality"] is not None and arm[cost.key] is None]
     if lacks:
         caption += f" No record: {escape(reading.listed(lacks))}."

@@ -118,7 +118,12 @@ def equal_cost(results: Mapping[str, Any]) -> str | None:
 
 def main_cost(results: Mapping[str, Any]) -> Cost:
     """The cost that the finding speaks of: the first that the budget leaves free."""
-    return COSTS[1] if equal_cost(results) == COSTS[0].key else COSTS[0]
+    return COSTS[1] if equal_cost(results) == COSTS[0].key and not unequal(results) else COSTS[0]
+
+
+def unequal(results: Mapping[str, Any]) -> list[str]:
+    """Names of the arms that have the steps of another, and not the budget."""
+    return [arm["name"] for arm in results["arms"] if arm["steps_of"] is not None]
 
 
 def beyond(arm: Mapping[str, Any]) -> bool:
@@ -138,9 +143,13 @@ def compared(results: Mapping[str, Any]) -> str:
     seeds = listed(str(seed) for seed in results["seeds"])
     kind = "seed" if len(results["seeds"]) == 1 else "seeds"
     order = "higher" if metric["higher_is_better"] else "lower"
+    but = [
+        f"{arm['name']}, with the steps of {arm['steps_of']}" for arm in arms if arm["steps_of"] is not None
+    ]
+    exceptions = f" but for {'; '.join(but)}" if but else ""
     return (
-        f"{what} {verb} with {kind} {seeds}, each run for {budget_text(results['budget'])}, and compared by "
-        f"{metric['split']} {metric['name']}, where {order} is better."
+        f"{what} {verb} with {kind} {seeds}, each run for {budget_text(results['budget'])}{exceptions}, and compared "
+        f"by {metric['split']} {metric['name']}, where {order} is better."
     )
 
 
