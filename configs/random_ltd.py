@@ -1,4 +1,4 @@
-"""Random-LTD (arXiv 2211.11586): as published for GPT-3 1.3B, GPT-2 and ViT, and in miniature.
+"""Random-LTD (arXiv 2211.11586): as published for GPT-3 1.3B, GPT-2, BERT-large and ViT, and in miniature.
 
 tokenlab train --config=configs/random_ltd.py --workdir=runs/random_ltd
 tokenlab train --config=configs/random_ltd.py:vit --workdir=runs/random_ltd_vit
@@ -12,8 +12,9 @@ it a run is the baseline.
 
 The published runs have the authors' K_min, K_max, T_req and q (the configurations of DeepSpeed and of its examples), in
 eight values instead of up to 120, each a program to compile. Their text and tokenizers are not here: the data are
-data/text/*.jsonl.xz, a document a line, as bytes. Their blocks are those of this library (rotary positions, SwiGLU).
-Nothing has been trained at these sizes here.
+data/text/*.jsonl.xz, a document a line, as bytes, for BERT in a vocabulary of 30,522 made of it. The decoders' blocks are
+those of this library (rotary positions, SwiGLU); BERT-large is configs/encoder_lm.py:large for two million steps, in which
+K reaches N at the end. Nothing has been trained at these sizes here.
 """
 
 import os
@@ -32,12 +33,14 @@ DENSE_STEPS = {"gpt3": 286_102}
 """Where the published run drops nothing for as many tokens, in place of as many steps: 300B."""
 
 CIFAR = Path(__file__).parent / "cifar10.py"
+ENCODER = Path(__file__).parent / "encoder_lm.py"
 
 SCHEDULES = {
     "shakespeare": "linear(64, 256, until=70%, values=4)",
     "vit": "linear(17, 65, until=70%, values=4)",
     "gpt3": "linear(128, 2048, until=200000, multiple=16, values=8)",
     "gpt2": "linear(128, 1024, until=400, multiple=8, values=8)",
+    "bert-large": "linear(128, 512, until=2000000, multiple=16, values=8)",
     "vit-cifar": "linear(32, 197, until=3910, multiple=8, values=8)",
 }
 
@@ -47,7 +50,14 @@ def get_config(run: str = "shakespeare") -> ConfigDict:
     name, _, kind = run.partition(",")
     if name not in SCHEDULES or kind not in ("", "dense"):
         raise ConfigError(f"random_ltd has no run {run!r}.{suggest(name, SCHEDULES)}")
-    make = {"shakespeare": _shakespeare, "gpt3": _gpt3, "gpt2": _gpt2, "vit": _vit, "vit-cifar": _vit_cifar}
+    make = {
+        "shakespeare": _shakespeare,
+        "gpt3": _gpt3,
+        "gpt2": _gpt2,
+        "bert-large": _bert_large,
+        "vit": _vit,
+        "vit-cifar": _vit_cifar,
+    }
     config, depth = make[name]()
     config.model.stack = f"block*{depth}"
     if kind:
@@ -96,6 +106,13 @@ def _gpt2() -> tuple[ConfigDict, int]:
     config.update(steps=1344, batch_size=8)
     config.optimizer.learning_rate = 5e-5
     return config, SIZES["125M"][1]
+
+
+def _bert_large() -> tuple[ConfigDict, int]:
+    config = load(f"{ENCODER}:large")
+    config.steps = 2_000_000
+    config.data.files = ("data/text/*.jsonl.xz",)
+    return config, 24
 
 
 def _text(size: str, length: int) -> ConfigDict:

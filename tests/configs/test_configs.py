@@ -10,7 +10,10 @@ import jax
 import pytest
 from ml_collections.config_dict import ConfigDict
 
+from tests.data import tiny_tfds
+from tokenlab import data
 from tokenlab.compare import CompareConfig
+from tokenlab.compare.config import changes_of
 from tokenlab.core import config as configs
 from tokenlab.train import experiment
 
@@ -29,6 +32,28 @@ def skip_without(settings: ConfigDict) -> None:
         pytest.skip("TFDS_DATA_DIR is not set: this configuration reads a prepared TFDS set")
     if not (Path(folder) / dataset).is_dir():
         pytest.skip(f"{dataset} is not in TFDS_DATA_DIR")
+
+
+def own_text(config: ConfigDict, folder: Path) -> None:
+    """Text of our own in place of text that is not in the package, and batches that it is enough for."""
+    if config.data.name != "text":
+        return
+    lines = (json.dumps({"text": f"{number} green bottles. " * 40}) for number in range(1, 400))
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    config.data.files = (str(folder / "*.jsonl"),)
+    config.batch_size = config.eval.batch_size = 8
+    if config.data.tokenizer == "bpe(30522)":  # more than there are pairs in it
+        config.data.tokenizer = "bpe(260)"
+
+
+def own_pictures(settings: ConfigDict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny prepared set in place of one that is not here."""
+    if settings.name != "tfds":
+        return
+    images = {split: tiny_tfds.pictures(16, (32, 32, 3)) for split in ("train", "validation", "test")}
+    tiny_tfds.make(folder, name=settings.dataset, images=images)
+    settings.splits = {split: split for split in images}
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
 
 
 def own_series(settings: ConfigDict, folder: Path) -> None:
@@ -50,11 +75,7 @@ def test_there_are_configs() -> None:
 def test_a_config_builds(file: Path, tmp_path: Path) -> None:
     config = configs.load(file)
     skip_without(config.data)
-    if config.data.name == "text":  # text of one's own
-        lines = (json.dumps({"text": f"{number} green bottles. " * 40}) for number in range(1, 400))
-        (tmp_path / "own.jsonl").write_text("\n".join(lines))
-        config.data.files = (str(tmp_path / "*.jsonl"),)
-        config.batch_size = config.eval.batch_size = 8
+    own_text(config, tmp_path)
     own_series(config.data, tmp_path)
     built = experiment.build(config)
     assert jax.tree.leaves(built.abstract_state.params)
@@ -69,8 +90,7 @@ def test_a_comparison_builds(file: Path, tmp_path: Path) -> None:
     own_series(config.base.data, tmp_path)
     comparison = configs.to_dataclass(CompareConfig, config)
     for arm in (comparison.arms[0], comparison.arms[-1]):
-        changes = {key: value for key, value in arm.items() if key != "name"}
-        built = experiment.build(configs.override(config.base, changes))
+        built = experiment.build(configs.override(config.base, changes_of(arm)))
         assert jax.tree.leaves(built.abstract_state.params)
     assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
 
@@ -82,8 +102,58 @@ def test_every_arm_of_a_comparison_builds(file: Path, tmp_path: Path) -> None:
     skip_without(config.base.data)
     own_series(config.base.data, tmp_path)
     for arm in configs.to_dataclass(CompareConfig, config).arms:
-        changes = {key: value for key, value in arm.items() if key != "name"}
-        assert experiment.build(configs.override(config.base, changes)).step_cost(0).model_flops > 0
+        built = experiment.build(configs.override(config.base, changes_of(arm)))
+        assert built.step_cost(0).model_flops > 0
+
+
+RUNS = (
+    "random_ltd.py:gpt2",
+    "random_ltd.py:gpt3",
+    "random_ltd.py:bert-large",
+    "random_ltd.py:bert-large,dense",
+    "random_ltd.py:vit",
+    "random_ltd.py:vit-cifar",
+    "skipvit.py:S/16",
+    "skipvit.py:warm-up",
+)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_further_runs_of_a_config_build(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    config = configs.load(f"{FOLDER}/{run}")
+    own_text(config, tmp_path)
+    own_pictures(config.data, tmp_path, monkeypatch)
+    config.batch_size = config.eval.batch_size = 8
+    assert jax.tree.leaves(experiment.build(config).abstract_state.params)
+    assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
+
+
+COMPARED = (
+    "random_ltd.py:vit",
+    "random_ltd.py:vit,steps",
+    "random_ltd.py:decoder,steps",
+    "skipvit.py:200",
+    "jumbo.py:pairs,16",
+    "jumbo.py:pairs,32",
+    "jumbo.py:cifar10,32",
+    "sctd.py:200",
+)
+
+
+@pytest.mark.parametrize("run", COMPARED)
+def test_further_comparisons_of_a_config_build(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All arms, without TFDS_DATA_DIR."""
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    config = configs.load(f"{FOLDER}/compare/{run}")
+    own_pictures(config.base.data, tmp_path, monkeypatch)
+    config.base.batch_size = config.base.eval.batch_size = 8
+    source = data.build(config.base.data)
+    for arm in configs.to_dataclass(CompareConfig, config).arms:
+        built = experiment.build(configs.override(config.base, changes_of(arm)), source=source)
+        assert jax.tree.leaves(built.abstract_state.params)
 
 
 @pytest.mark.parametrize("file", [*FILES, *COMPARISONS], ids=lambda file: file.stem)

@@ -11,26 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenlab import models
 from tokenlab.core.stack import parse
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers import execute, program
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
-from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.execute import Inside
+from tokenlab.layers.context import Context
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
-from tokenlab.layers.norm import LayerNorm
 from tokenlab.methods.dropping import random_ltd as method
 from tokenlab.methods.dropping.random_ltd import (
-    RandomLTD,
     effective_tokens,
     layer_token_lr,
     layer_tokens,
     linear_keep_schedule,
 )
 from tokenlab.models import Names
-from tokenlab.ops.attention import attention
 from tokenlab.train import schedule
 
 GOLDEN = dict(np.load(Path(__file__).with_name("random_ltd.npz")))
@@ -180,55 +177,75 @@ def test_wrapped_blocks_of_a_decoder(monkeypatch):
 # ------------------------------------------------------------------------------------------------ an encoder
 
 
-def bert_layer(stored, tokens):
-    """A layer of BERT, post-norm, on the tokens it is given."""
-    heads = CONFIG["encoder"]["H"]
-    x = tokens.x
+BERT = {
+    "attention.self.query": ("attention", "query"),
+    "attention.self.key": ("attention", "key"),
+    "attention.self.value": ("attention", "value"),
+    "attention.output.dense": ("attention", "out"),
+    "attention.output.LayerNorm": ("attention_norm",),
+    "intermediate.dense": ("mlp", "up"),
+    "output.dense": ("mlp", "down"),
+    "output.LayerNorm": ("ffn_norm",),
+}
 
-    def linear(name, x):
-        return x @ stored[f"{name}.weight"].T + stored[f"{name}.bias"]
 
-    def norm(name, x):
-        own = {"scale": stored[f"{name}.weight"], "bias": stored[f"{name}.bias"]}
-        return LayerNorm(eps=1e-12).apply({"params": own}, x)
-
-    def split(x):
-        return x.reshape(*x.shape[:2], heads, -1)
-
-    parts = (split(linear(f"attention.self.{name}", x)) for name in ("query", "key", "value"))
-    attended = attention(*parts, valid=tokens.valid)
-    x = norm("attention.output.LayerNorm", x + linear("attention.output.dense", attended.reshape(x.shape)))
-    hidden = jax.nn.gelu(linear("intermediate.dense", x), approximate=False)
-    return norm("output.LayerNorm", x + linear("output.dense", hidden))
+def of_bert(name, value):
+    """Where a parameter of a layer of BERT stands here, and its value there."""
+    layer, _, leaf = name.rpartition(".")
+    path, heads = BERT[layer], CONFIG["encoder"]["H"]
+    if layer.endswith("LayerNorm"):
+        return (*path, "scale" if leaf == "weight" else "bias"), value
+    value = value.T  # of a bias itself
+    if layer.startswith("attention.self"):
+        value = value.reshape(*value.shape[:-1], heads, -1)
+    elif path == ("attention", "out") and leaf == "weight":
+        value = value.reshape(heads, -1, value.shape[-1])
+    return (*path, "kernel" if leaf == "weight" else "bias"), value
 
 
 def test_a_wrapped_layer_of_an_encoder_with_padding(monkeypatch):
-    given = below("encoder/inputs/")
+    """Through the layers of `encoder_lm`, post-norm; its first token is protected outside, and dropped like others."""
+    own, given = CONFIG["encoder"], below("encoder/inputs/")
+    stack = f"random_ltd({own['K']})(block)"
+    settings = {
+        "name": "encoder_lm", "stack": stack, "width": own["D"], "num_heads": own["H"], "mlp_dim": 4 * own["D"],
+        "norm_eps": 1e-12, "activation": "gelu",
+    }  # fmt: skip
+    spec = {"ids": ((own["N"],), "int32")}
+    model = models.build(settings, spec=spec, num_outputs=7, train=True)
+    blocks = {}
+    for name, value in below("encoder/params/").items():
+        (kind, *path), leaf = of_bert(name, value)
+        at = blocks.setdefault(kind, {})
+        for part in path[:-1]:
+            at = at.setdefault(part, {})
+        at[path[-1]] = jnp.asarray(leaf)[None]
+    shapes = jax.tree.map(lambda leaf: leaf.shape, dict(model.abstract_state()["blocks"]))
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, blocks)
 
-    def run(stored, x):
+    def run(blocks, x):
         given_indices(monkeypatch, given["indices"][None])
-        tokens = sequence(x, valid=jnp.asarray(given["valid"]))
-
-        def body(part):
-            return part.replace(x=bert_layer(stored, part)), Aux()
-
-        inside = Inside(body, CONFIG["encoder"]["K"])
-        out, _ = RandomLTD(CONFIG["encoder"]["K"])(
-            {}, tokens, Context(jax.random.key(0), True), {}, jax.random.key(0), inside
-        )
-        return out.x
+        tokens = sequence(x, valid=jnp.asarray(given["valid"]), protected=1)
+        context = Context(jax.random.key(0), True)
+        return execute.run(model.program, {"blocks": blocks}, tokens, context, execution="unroll")[0].x
 
     @quick
-    def both(stored, x):
-        found, back = jax.vjp(run, stored, x)
+    def both(blocks, x):
+        found, back = jax.vjp(run, blocks, x)
         return found, back(GOLDEN["encoder/cotangents/y"])
 
-    found, (grads, into) = both(below("encoder/params/"), given["x"])
+    found, (grads, into) = both(blocks, given["x"])
     np.testing.assert_allclose(found, GOLDEN["encoder/outputs/y"], atol=2e-5)
     close = partial(np.testing.assert_allclose, atol=5e-5, rtol=1e-4)
-    for name, expected in below("encoder/grads/").items():
-        close(into if name == "x" else grads[name], expected)
+    theirs = below("encoder/grads/")
+    close(into, theirs.pop("x"))
+    for name, value in theirs.items():
+        path, expected = of_bert(name, value)
+        leaf = grads
+        for part in path:
+            leaf = leaf[part]
+        close(leaf[0], expected)
     for b, kept in enumerate(given["indices"]):
-        rest = np.setdiff1d(np.arange(CONFIG["encoder"]["N"]), kept)
+        rest = np.setdiff1d(np.arange(own["N"]), kept)
         np.testing.assert_array_equal(np.asarray(found)[b, rest], given["x"][b, rest])
         np.testing.assert_array_equal(np.asarray(into)[b, rest], GOLDEN["encoder/cotangents/y"][b, rest])

@@ -23,6 +23,7 @@ from ml_collections.config_dict import ConfigDict
 from tokenlab import models
 from tokenlab.core.config import override
 from tokenlab.core.errors import ConfigError, NonFiniteError, TokenLabError
+from tokenlab.layers.program import BlockStep
 from tokenlab.train import experiment, initialize, loop
 from tokenlab.train.config import default_config
 from tokenlab.train.experiment import Experiment
@@ -290,6 +291,45 @@ def test_resuming_inside_a_schedule_of_the_stack(
         loop.run(settings, tmp_path / "parts")
     loop.run(settings, tmp_path / "parts")
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+class Counted(Small):
+    """The same with a block, so that its tokens can be counted."""
+
+    @property
+    def program(self) -> Any:
+        present = round(64 * self.keep)
+        step = BlockStep(0, types.SimpleNamespace(ffn=None, ffn_name="", special_name=""), (), present)
+        return types.SimpleNamespace(flat=lambda: [step], present=64, depth=1, after=present)
+
+
+def test_a_run_whose_learning_rate_follows_layer_tokens_goes_on_bit_for_bit(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        models,
+        "build",
+        lambda settings, *, stack_vars, train, **facts: Counted(stack_vars.get("k", 1.0), train),
+    )
+    settings = config(
+        **{"steps": 14, "log_every": 1, "stack_vars.k": "0:0.25, 5:0.5, 9:every 2: 1.0 else 0.5"}
+    )
+    settings.optimizer.schedule.clock = "layer_tokens"
+    loop.run(settings, tmp_path / "whole")
+    for number in (7, 12):  # inside the second piece, and inside the one that alternates
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            before_step(patch, number, die)
+            loop.run(settings, tmp_path / "parts")
+    loop.run(settings, tmp_path / "parts")
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    for name, leaf in params_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(leaf, params_of(tmp_path / "parts")[name])
+    train = [record for record in records(tmp_path / "parts") if record["split"] == "train"]
+    rates = [record["learning_rate"] for record in train]
+    assert len(train) == 14 and len(set(rates)) == 14
+    loop.run(override(settings, {"optimizer.schedule.clock": "steps"}), tmp_path / "steps")
+    others = [record["learning_rate"] for record in records(tmp_path / "steps") if record["split"] == "train"]
+    assert rates[5:8] != others[5:8]
 
 
 def test_prefetching_changes_nothing(small: None, whole: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tokenlab.core.tokens import Tokens
 from tokenlab.layers.attention import Reading
 from tokenlab.layers.block import Depth
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.program import DEPTH, SHARED, BlockStep, ItemStep, Kind, Loop, Program, Step, total_uses
+from tokenlab.layers.program import DEPTH, SHARED, BlockStep, ItemStep, Kind, Loop, Program, Step
 from tokenlab.sharding.constrain import constrain
 
 Execution: TypeAlias = Literal["auto", "scan", "unroll"]
@@ -217,9 +217,17 @@ class _Runner:
         self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens, seen: Tokens | None = None
     ) -> tuple[Tokens, Aux, dict[str, Array]]:
         """Run steps one after the other; also returns what was read of the last block. A first block sees `seen`."""
+        return self.each(steps, _split(stacks, [step.uses() for step in steps]), tokens, seen)
+
+    def each(
+        self, steps: tuple[Step, ...], shares: list[dict[Kind, Any]], tokens: Tokens, seen: Tokens | None
+    ) -> tuple[Tokens, Aux, dict[str, Array]]:
+        """The same, with the weights of each step."""
         aux, readings = Aux(), dict[str, Array]()
-        for step, own in zip(steps, _split(stacks, [step.uses() for step in steps]), strict=True):
+        for step, own in zip(steps, shares, strict=True):
             match step:
+                case BlockStep() if step.left:  # its attention half has run before the item around it
+                    (tokens, more), readings = self.feed(step, own, tokens), {}
                 case BlockStep():
                     if step.index in self.entering:
                         self.entering[step.index] = tokens
@@ -242,11 +250,7 @@ class _Runner:
         def compute(
             stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context, seen: Tokens | None
         ) -> tuple[Tokens, Aux, dict[str, Array]]:
-            params = {
-                slot: shared[kind[1]] if kind[0] == SHARED else _single(stacks[kind])
-                for slot, kind in step.kinds
-            }
-            place = Depth(**_single(stacks[DEPTH]))
+            params, place = _weights(step, stacks, shared)
             wanted = dict(step.reads)
             if step.between:
                 wanted |= step.between.item.readings() if step.between.active else {}
@@ -258,13 +262,46 @@ class _Runner:
             tokens, more = step.block.feed(params, tokens, context, place)
             return tokens, aux + more, {name: readings[name] for name, _ in step.reads}
 
-        if self.remat != "none":
-            compute = jax.checkpoint(compute, policy=REMAT_POLICIES[self.remat], prevent_cse=True)
         with jax.named_scope(step.name):
-            tokens, aux, readings = compute(stacks, self.shared, tokens, self.context, seen)
+            tokens, aux, readings = self.again(compute)(stacks, self.shared, tokens, self.context, seen)
+        return tokens, self.loaded(step, aux), readings
+
+    def attend(self, step: BlockStep, stacks: Stacks, tokens: Tokens) -> tuple[Tokens, dict[str, Array]]:
+        """The attention half of a block alone, and what is read of it."""
+
+        def compute(
+            stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context
+        ) -> tuple[Tokens, dict[str, Array]]:
+            params, place = _weights(step, stacks, shared)
+            return step.block.attend(params, tokens, context, place, dict(step.reads))
+
+        with jax.named_scope(step.name):
+            return self.again(compute)(stacks, self.shared, tokens, self.context)
+
+    def feed(self, step: BlockStep, stacks: Stacks, tokens: Tokens) -> tuple[Tokens, Aux]:
+        """The feed-forward half of a block alone."""
+
+        def compute(
+            stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context
+        ) -> tuple[Tokens, Aux]:
+            params, place = _weights(step, stacks, shared)
+            return step.block.feed(params, tokens, context, place)
+
+        with jax.named_scope(step.name):
+            tokens, aux = self.again(compute)(stacks, self.shared, tokens, self.context)
+        return tokens, self.loaded(step, aux)
+
+    def again(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """`compute`, under remat computed again in the backward pass."""
+        if self.remat == "none":
+            return compute
+        return jax.checkpoint(compute, policy=REMAT_POLICIES[self.remat], prevent_cse=True)
+
+    def loaded(self, step: BlockStep, aux: Aux) -> Aux:
+        """Without the load of experts, which is of this block alone and is recorded for it."""
         if self.trace is not None and self.loads is not None and aux.load is not None:
             self.loads[step.name] = aux.load
-        return tokens, aux.replace(load=None), readings  # of this block alone
+        return aux.replace(load=None)
 
     def item(
         self,
@@ -276,8 +313,7 @@ class _Runner:
     ) -> tuple[Tokens, Aux]:
         """One item; its body, if it wraps one, runs on the tokens it hands in."""
         context = context or self.context
-        inside = total_uses(step.body)
-        first, inner = _split(stacks, [{step.kind: 1}, inside])
+        first, *inner = _split(stacks, [{step.kind: 1}, *(each.uses() for each in step.body)])
         own = _single(first[step.kind])
 
         def run(part: Tokens, seen: Tokens | None = None) -> tuple[Tokens, Aux]:
@@ -287,7 +323,7 @@ class _Runner:
                 )
             if step.active:
                 self.record(step, part, inside=True)
-            done, aux, _ = self.steps(step.body, inner, part, seen)
+            done, aux, _ = self.each(step.body, inner, part, seen)
             return done, aux
 
         if not step.active:
@@ -295,6 +331,8 @@ class _Runner:
         with jax.named_scope(step.name):
             key = context.key("/".join(step.kind), own["ordinal"])
             wrapped = Inside(run, step.inside) if step.body else None
+            if step.item.halves:
+                tokens, readings = self.attend(step.body[0], inner[0], tokens)
             tokens, aux = step.item(own["params"], tokens, context, readings, key, wrapped)
         if tokens.count != step.after:
             raise ShapeError(f"{step.name}: said it gives {step.after} tokens and gave {tokens.count}.")
@@ -316,6 +354,14 @@ class _Runner:
     def record(self, step: ItemStep, tokens: Tokens, *, inside: bool) -> None:
         if self.trace is not None:
             self.trace.append(TracePoint(step.name, step.kind[1], inside, tokens))
+
+
+def _weights(step: BlockStep, stacks: Stacks, shared: Mapping[str, Any]) -> tuple[dict[str, Any], Depth]:
+    """A block's parameters by slot, and its place."""
+    params = {
+        slot: shared[kind[1]] if kind[0] == SHARED else _single(stacks[kind]) for slot, kind in step.kinds
+    }
+    return params, Depth(**_single(stacks[DEPTH]))
 
 
 def _split(stacks: Stacks, uses: list[dict[Kind, int]]) -> list[dict[Kind, Any]]:

@@ -136,6 +136,15 @@ class Item:
     train_only: bool = field(default=False, kw_only=True)
 
     @property
+    def halves(self) -> bool:
+        """Whether a wrapper acts between the halves of its body's first block, as EViT does within a block.
+
+        That block's attention half then runs on all tokens that come, and is what the item reads; the item gets what it
+        gives, and the body begins with the other half.
+        """
+        return False
+
+    @property
     def expects(self) -> tuple[str, ...]:
         """Metrics that the task returns in training when it does what the item's arguments ask of it."""
         return ()
@@ -208,7 +217,7 @@ class Item:
           params: its own, from `init`.
           tokens: [B, N, ...].
           context: of this step.
-          readings: what `readings()` asked for, of the block just before.
+          readings: what `readings()` asked for, of the block just before, or of the body's first (`halves`).
           key: random key of this occurrence at this step.
           body: for wrappers, the stack inside.
         """

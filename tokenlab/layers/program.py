@@ -49,6 +49,7 @@ class BlockStep:
       rows: tokens of a whole sequence that it must have room to remember in generation; 0 elsewhere.
       apart: J, leading tokens that do not go through its feed-forward layer but through `block.special`.
       seen: how many tokens it attends to, where they are others than those that come in; 0 elsewhere.
+      left: how many tokens an item around it leaves to its feed-forward half, where it acts between the two; else 0.
     """
 
     index: int
@@ -60,11 +61,12 @@ class BlockStep:
     rows: int = 0
     apart: int = 0
     seen: int = 0
+    left: int = 0
 
     @property
     def after(self) -> int:
         """Tokens that come out."""
-        return self.between.after if self.between else self.present
+        return self.between.after if self.between else self.left or self.present
 
     @property
     def fed(self) -> int:
@@ -79,7 +81,8 @@ class BlockStep:
     def signature(self) -> Any:
         """Equal for steps that differ only in which weights they use."""
         between = self.between.signature() if self.between else None
-        return ("block", self.block, self.kinds, self.present, self.rows, self.seen, self.reads, between)
+        counts = self.present, self.rows, self.seen, self.left
+        return ("block", self.block, self.kinds, counts, self.reads, between)
 
     def uses(self) -> dict[Kind, int]:
         """How many entries of each stack of weights it takes."""
@@ -346,7 +349,8 @@ def _is_read(step: Step) -> bool:
 
 def _reads_before_block(steps: tuple[Step, ...]) -> bool:
     first = steps[0]
-    return isinstance(first, ItemStep) and first.active and bool(first.item.readings())
+    reads = isinstance(first, ItemStep) and first.active and bool(first.item.readings())
+    return reads and not first.item.halves
 
 
 def total_uses(steps: tuple[Step, ...]) -> dict[Kind, int]:
@@ -472,7 +476,7 @@ class _Builder:
     def item_step(self, call: Call, present: int, rows: int | None, before: list[Step]) -> ItemStep:
         item = build_item(self.stack, call, self.resolver)
         active = self.train or not item.train_only
-        if active and (wanted := item.readings()):
+        if active and not item.halves and (wanted := item.readings()):
             self.read(call, before, wanted)
         return self.finish_item(call, item, present, rows)
 
@@ -533,6 +537,8 @@ class _Builder:
                 )
             if active and item.bridges:
                 body = self.bridge(call, body, present)
+            if active and item.halves:
+                body = self.halve(call, item, body, present)
         return ItemStep(item, kind, number, present, after, inside, active, tuple(body))
 
     def bridge(self, call: Call, body: list[Step], present: int) -> list[Step]:
@@ -545,6 +551,18 @@ class _Builder:
                 "nothing reads the attention of.",
             )
         return [replace(first, seen=present), *body[1:]]
+
+    def halve(self, call: Call, item: Item, body: list[Step], present: int) -> list[Step]:
+        """The body of an item that halves: its first block attends before the item, on the `present` tokens outside."""
+        first = body[0]
+        if not isinstance(first, BlockStep) or first.between or first.reads:
+            self.stack.fail(
+                call.span,
+                f"{call.name} acts between attention and feed-forward of the first block of its body, so that body "
+                "must begin with a plain block whose attention nothing else reads.",
+            )
+        reads = tuple(item.readings().items())
+        return [replace(first, present=present, left=first.present, reads=reads), *body[1:]]
 
     def add(self, group: str, name: str, index: int | None, maker: Any, init: Callable[[Array], Any]) -> Kind:
         """Enter an occurrence under `name`, or under `name_2`, ... when its weights have another shape."""

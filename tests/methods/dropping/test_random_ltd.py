@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import encoders
 from tokenlab import models
 from tokenlab.core.errors import ConfigError, StackError, TokenLabError
 from tokenlab.core.tokens import Tokens
@@ -170,6 +171,47 @@ def test_an_item_that_reads_cls_inside_is_refused() -> None:
     assert vit(
         "block + random_ltd(6, protect=True)(block + skip(keep=2, by=cls)(block)) + keep(0.5, by=norm)"
     )
+
+
+@pytest.mark.parametrize("keep", [4, N])
+@pytest.mark.parametrize("protect", [False, True])
+def test_the_body_knows_which_of_its_tokens_are_protected(keep: int, protect: bool) -> None:
+    """Those outside are none inside unless they stay, whether or not all tokens go through."""
+    seen = []
+
+    def body(part: Tokens) -> tuple[Tokens, Aux]:
+        seen.append(part.protected)
+        return part, Aux()
+
+    item, tokens = RandomLTD(keep - 2 * protect, protect), sequence(jnp.zeros((B, N, D)), protected=2)
+    assert item.inside(N, 2) == keep
+    out, _ = item({}, tokens, Context(KEY, True), {}, KEY, Inside(body, keep))
+    assert seen == [2 * protect] and out.protected == 2
+    within = vit(f"block + random_ltd(6, protect={protect})(skip(keep=2, by=norm)(block))").program.steps[1]
+    assert within.body[0].inside == 2 + protect  # the item inside has CLS besides, or nothing
+
+
+def test_padding_of_an_encoder_changes_nothing_and_has_its_places() -> None:
+    """Of each example its own K of N tokens attend to those among them that are there."""
+    model = encoders.build("block + random_ltd(5)(block)*2 + block", N, train=True)
+    state, batch = encoders.weights(model), encoders.batch(3, N)
+    there = np.arange(N) < batch["length"][:, None]
+    assert 0 < there.sum() < there.size
+
+    @quick
+    def run(ids: Any) -> Any:
+        found = model.apply(state, {**batch, "ids": ids}, train=True, rng=KEY, record=True)
+        return found.tokens, [(point.tokens.position, point.tokens.valid) for point in found.trace]
+
+    found, trace = run(batch["ids"])
+    other, _ = run(np.where(there, batch["ids"], 7))
+    np.testing.assert_array_equal(np.asarray(found)[there], np.asarray(other)[there])
+    assert not np.array_equal(np.asarray(found)[~there], np.asarray(other)[~there])
+    inside = [point for point in trace if point[0].shape[1] == 5]
+    assert len(inside) == 2 and not np.array_equal(inside[0][0], inside[1][0])
+    for place, valid in inside:
+        np.testing.assert_array_equal(valid, np.take_along_axis(there, np.asarray(place), 1))
+        assert not np.asarray(valid).all()
 
 
 @pytest.fixture(scope="module")

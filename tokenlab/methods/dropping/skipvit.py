@@ -10,12 +10,17 @@ Behind block d, with n patches and the share rho that is kept:
     blocks d + 1 ... r - 1 on [CLS; kept]
     before block r the others return to their places as they left block d
 
-    block*4 + skipvit(0.45)(block*7) + block            d = 3, r = 11 of 12 (`span`)
+    block*4 + skipvit(0.45)(block*7) + block                        d = 3, r = 11 of 12 (`span`)
+    block*3 + skipvit(0.45, split=pre_mlp)(block*8) + block         the same, parted within block d
+
+With `split=pre_mlp` tokens leave between attention and feed-forward of block d, as EViT's do, so that block d is the
+first of the body: its attention is that of all tokens, its feed-forward layer that of the kept ones, and the others
+return as they left its attention. With `rejoin=False` it is `block(between=evit(0.45, fused=False)) + block*7`.
 
 Known from the abstract: the share skipped, CLS's softmax attention as score, that skipped tokens return, and that
 nothing is learned. Assumed, as the paper's text was not at hand, and so a field or a part of the stack: d and r, the
-mean over heads, the split at the output of block d, that dropping begins at once (`config.stack_vars` warms up:
-"0:1.0, 10%:0.45"), and that evaluation skips too (`train_only=True` makes it dense).
+mean over heads, the split at the output of block d (`split`), that dropping begins at once (`config.stack_vars` warms
+up: "0:1.0, 10%:0.45"), and that evaluation skips too (`train_only=True` makes it dense).
 """
 
 from __future__ import annotations
@@ -23,17 +28,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from jax import Array, lax
 
-from tokenlab.core.errors import ConfigError, TokenLabError
+from tokenlab.core.errors import ConfigError, TokenLabError, suggest
 from tokenlab.core.tokens import Tokens
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.item import Amount, Body, Params, Score, kept
 from tokenlab.layers.items.skip import Skip
 from tokenlab.layers.scores.cls import Cls
 from tokenlab.ops.attention import attention_rows
+
+Split = Literal["post_block", "pre_mlp"]
 
 
 def cls_attention_scores(query: Array, key: Array, *, num_prefix: int = 1) -> Array:
@@ -62,18 +69,27 @@ class SkipViT(Skip):
       keep: rho in (0, 1], of which K = ceil(rho n); or K itself, an int.
       by: the score; `random` is the paper's control, `learned` another choice.
       rejoin: False drops the others for good, to see what the skip connection is worth.
+      split: tokens leave "post_block", behind the block just before the body, or "pre_mlp", between the halves of the
+        body's first block.
     """
 
     keep: Amount = 0.45
     by: Score = Cls()
     rejoin: bool = True
+    split: Split = "post_block"
 
     identity: ClassVar[str] = "block + skipvit(1.0)(block) + block"
     examples: ClassVar[tuple[str, ...]] = (
         "block + skipvit(0.45)(block*2) + block",
         "block + skipvit(5, rejoin=False)(block) + block",
         "block + skipvit(0.45, by=learned, train_only=True)(block) + block",
+        "skipvit(0.45, split=pre_mlp)(block*2) + block",
     )
+
+    @property
+    def halves(self) -> bool:
+        """The first block of the body is block d, parted before its feed-forward layer."""
+        return self.split == "pre_mlp"
 
     def kept(self, present: int, protected: int) -> int:
         """K = ceil(rho n), of the tokens that are not protected."""
@@ -107,23 +123,41 @@ class SkipViT(Skip):
         return done, aux
 
 
-def span(item: str = "skipvit(0.45)", *, layers: int = 12, drop: int = 3, back: int = 11) -> str:
+def span(
+    item: str = "skipvit(0.45)",
+    *,
+    layers: int = 12,
+    drop: int = 3,
+    back: int = 11,
+    split: Split = "post_block",
+) -> str:
     """The stack in which tokens leave behind block d = `drop` and return before block r = `back`, counted from 0.
 
-    d = 3 and r = 11 are assumed, see the module. With r = d + 1 nothing lies between, and the stack is the dense one.
+    d = 3 and r = 11 are assumed, see the module. With r = d + 1 nothing lies between, and the stack is the dense one;
+    with `split` "pre_mlp", where tokens leave within block d, there they skip its feed-forward layer alone.
+
+    Args:
+      item: with its arguments, but for `split`.
+      layers: L.
+      drop, back: d and r.
+      split: see `SkipViT`.
 
     Raises:
-      ConfigError: not 0 <= d < r <= L.
+      ConfigError: not 0 <= d < r <= L, or another `split`.
     """
+    if split not in get_args(Split):
+        raise ConfigError(f"skipvit: split is {split!r}.{suggest(split, get_args(Split))}")
     if not 0 <= drop < back <= layers:
         raise ConfigError(
             f"skipvit: tokens leave behind block {drop} and return before block {back} of {layers}: expected "
             "0 <= drop < back <= layers."
         )
-    if back == drop + 1:
+    if split == "pre_mlp":
+        item, drop = f"{item.removesuffix(')')}, split=pre_mlp)", drop - 1
+    elif back == drop + 1:
         return f"block*{layers}"
-    parts = [f"block*{drop + 1}", f"{item}(block*{back - drop - 1})"]
-    return " + ".join(parts + ([f"block*{layers - back}"] if back < layers else []))
+    before, behind = ([f"block*{count}"] if count else [] for count in (drop + 1, layers - back))
+    return " + ".join([*before, f"{item}(block*{back - drop - 1})", *behind])
 
 
 item = SkipViT
