@@ -12,9 +12,9 @@ it a run is the baseline.
 
 The published runs have the authors' K_min, K_max, T_req and q (the configurations of DeepSpeed and of its examples), in
 eight values instead of up to 120, each a program to compile. Their text and tokenizers are not here: the data are
-data/text/*.jsonl.xz, a document a line, as bytes, for BERT in a vocabulary of 30,522 made of it. The decoders' blocks are
-those of this library (rotary positions, SwiGLU); BERT-large is configs/encoder_lm.py:large for two million steps, in which
-K reaches N at the end. Nothing has been trained at these sizes here.
+data/text/*.jsonl.xz, a document a line, as bytes; for BERT with a vocabulary of 30,522 made of it. The blocks of the
+decoders are those of this library (rotary positions, SwiGLU). BERT-large is configs/encoder_lm.py:large for two million
+steps, in which K reaches N at the end. Nothing has been trained at these sizes here.
 """
 
 import os
