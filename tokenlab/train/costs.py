@@ -28,7 +28,7 @@ class _Unrolled:
     """
 
     def __init__(self, model: Any, batch_size: int) -> None:
-        self._model = model
+        self._model, self._batch_size = model, batch_size
         if any(_together(step, batch_size) for step in steps_of(model)):
             self._model = copy.copy(model)
             steps = _by_example(model.program.steps, batch_size)
@@ -38,7 +38,7 @@ class _Unrolled:
         return getattr(self._model, name)
 
     def rebuilt(self, **how: Any) -> _Unrolled:
-        return _Unrolled(self._model.rebuilt(**how))
+        return _Unrolled(self._model.rebuilt(**how), self._batch_size)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._model.program is not None:
