@@ -44,6 +44,11 @@ def test_what_falls_is_the_mirror_image() -> None:
     assert [fall.at(step) for step in range(60)] == [96 - rise.at(step) for step in range(60)]
 
 
+def test_values_of_what_falls_begin_where_it_does() -> None:
+    ramp = Ramp(100, 50, 0, 10, multiple=16, values=3)
+    assert [ramp.at(step) for step in (0, 3, 4, 10, 11)] == [100, 100, 80, 80, 50]
+
+
 def test_cosine_is_half_a_period() -> None:
     ramp = Ramp(0, 1000, 0, 50, "cosine")
     for step in range(51):

@@ -86,6 +86,8 @@ class Ramp:
         if self.values is not None:
             steps = [low + i * (high - low) // (self.values - 1) for i in range(self.values - 1)]
             levels = [level - level % self.multiple for level in steps] + [high]
+            if sign < 0:
+                levels = [max(level, low) for level in levels]
             value = levels[max(bisect.bisect_right(levels, value) - 1, 0)]
         return sign * value
 
