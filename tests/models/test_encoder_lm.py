@@ -81,12 +81,18 @@ def test_logits_of_the_places_that_are_asked_for_are_those_of_all(dense):
     np.testing.assert_array_equal(some.features, every.tokens[:, 0])
 
 
-def test_places_of_tokens_that_a_stack_has_dropped_say_so():
-    model = encoders.build("block + keep(0.5, by=norm) + block", N)
+@pytest.mark.parametrize(
+    "stack",
+    # Of 23 tokens beside CLS the second keeps 22 and puts one for the rest at the end, so that there are 24 again.
+    ["block + keep(0.5, by=norm) + block", "block + evit(0.95) + block"],
+)
+def test_places_of_tokens_that_a_stack_has_dropped_say_so(stack):
+    model = encoders.build(stack, N)
     state = encoders.weights(model)
+    given = {"ids": BATCH["ids"]}  # of no padding, which would be what is dropped
     every = np.broadcast_to(np.arange(N, dtype=np.int32), (B, N))
-    left = quick(model.apply)(state, READ)
-    asked = quick(model.apply)(state, {**READ, "predict": every})
+    left = quick(model.apply)(state, given)
+    asked = quick(model.apply)(state, {**given, "predict": every})
     for row in range(B):
         kept = set(np.asarray(left.places[row]).tolist())
         assert [place for place in asked.places[row].tolist() if place >= 0] == sorted(kept)

@@ -34,6 +34,7 @@ from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.norm import NORMS, NormPlacement
 from tokenlab.layers.output import Output
+from tokenlab.layers.program import ItemStep
 from tokenlab.layers.statistics import Vocabulary
 from tokenlab.layers.vocabulary import EncoderEmbed, MaskedLMHead, PooledHead
 from tokenlab.models import Names
@@ -347,7 +348,11 @@ class EncoderLM(Trunk):
 
     def _at(self, tokens: Tokens, predict: Array) -> tuple[Array, Array]:
         """Features of the tokens that stand at places `predict` [B, K] of the sequence, and these, -1 where gone."""
-        if tokens.count == self.length:  # nothing reorders tokens
+        # The count alone does not tell: an item may drop one token and put another in at the end. Wrappers put each back.
+        moved = any(
+            isinstance(step, ItemStep) and step.active and not step.item.wraps for step in self.program.flat()
+        )
+        if tokens.count == self.length and not moved:
             return gather(tokens.x, predict), predict
         blank = jnp.full(tokens.position.shape[:1] + (self.length,), -1, jnp.int32)
         count = jnp.arange(tokens.count, dtype=jnp.int32)
