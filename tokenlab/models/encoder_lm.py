@@ -348,7 +348,7 @@ class EncoderLM(Trunk):
 
     def _at(self, tokens: Tokens, predict: Array) -> tuple[Array, Array]:
         """Features of the tokens that stand at places `predict` [B, K] of the sequence, and these, -1 where gone."""
-        # The count alone does not tell: an item may drop one token and put another in at the end. Wrappers put each back.
+        # The count alone does not tell: an item may drop one token and append another. Wrappers put each back.
         moved = any(
             isinstance(step, ItemStep) and step.active and not step.item.wraps for step in self.program.flat()
         )
