@@ -118,6 +118,7 @@ RUNS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_further_runs_of_a_config_build(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
@@ -141,6 +142,7 @@ COMPARED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", COMPARED)
 def test_further_comparisons_of_a_config_build(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
