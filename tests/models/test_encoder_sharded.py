@@ -6,7 +6,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import encoders
@@ -23,8 +22,6 @@ LENGTH, EACH, STEPS = 12, 11, 8
 BATCH = 4 * EACH
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
 STACK = "block + keep(0.75, by=cls) + block"  # behind post-norm blocks all norms are alike
-
-pytestmark = pytest.mark.slow
 
 
 @functools.cache
