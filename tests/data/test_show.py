@@ -44,8 +44,11 @@ def test_list(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "torn" in lines[2] and "features.json' cannot be read" in lines[2]
     assert lines[3].endswith("train 9, test 6  (tfrecord: not readable here)")
     embedded = [line.split(maxsplit=1) for line in lines[lines.index("sources that need no files") + 1 :]]
-    assert [name for name, _ in embedded] == ["digits", "emoji", "image_text", "shakespeare"]
-    assert embedded[0][1].startswith("1,797 real handwritten digits")
+    assert [name for name, _ in embedded] == [
+        *("digit_pairs", "digits", "emoji", "image_text"),
+        *("python_sentences", "python_text", "shakespeare"),
+    ]
+    assert embedded[1][1].startswith("1,797 real handwritten digits")
 
 
 def test_show_prints_and_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,9 @@ def test_every_picture_of_every_split_is_in_the_file_in_order(workdir: Any, file
     model, source = trained.model, trained.source
     for split, size in SPLITS.items():
         images = source.read(split, np.arange(size))["image"]
-        np.testing.assert_array_equal(coded.codes[split], jax.jit(model.encode)(trained.params, images))
+        wanted = jax.jit(model.encode)(trained.params, images)
+        # In batches of another size the last bits differ, and a patch may lie as near to one code as to another.
+        assert coded.codes[split].shape == wanted.shape and np.mean(coded.codes[split] != wanted) < 1e-3
     assert (coded.source, coded.fingerprint) == ("digits", source.fingerprint)
     assert (coded.num_codes, coded.grid, coded.image) == (64, (2, 2), (8, 8, 1))
     assert coded.value_range == (-1.0, 1.0) and coded.model == model.described

@@ -52,7 +52,7 @@ class ImageTextVocabulary:
         self.name = f"{text.name} and {codec}"
         self.begin, self.end_image, self.first_code = (text.vocab_size + i for i in range(3))
         self.vocab_size = self.first_code + codes
-        self.end = text.end
+        self.end, self.specials = text.end, text.specials
         self.byte_lengths = np.concatenate([text.byte_lengths, np.zeros(2 + codes, np.int32)])
         says = f"{text.fingerprint};{codes};{self.grid};{codec}"
         self.fingerprint = f"image_text:{hashlib.sha256(says.encode()).hexdigest()[:16]}"
