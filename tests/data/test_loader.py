@@ -154,7 +154,7 @@ def test_no_worker_outlives_its_parent(
         os.killpg(parent.pid, how)  # as a terminal does: to every process of the group
     else:
         parent.send_signal(how)
-    _, errors = parent.communicate(timeout=60)
+    _, errors = parent.communicate(timeout=180)
     for _ in range(100):
         if not any(alive(pid) for pid in workers):
             break

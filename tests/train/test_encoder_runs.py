@@ -125,5 +125,5 @@ def test_weights_that_do_not_fit_are_named(folder: Path, whole: Path, changes, s
 def test_classes_need_to_know_the_vocabulary(folder: Path) -> None:
     with pytest.raises(ConfigError, match="config.model.vocab_size is None"):
         build_experiment(classes(folder, **{"model.vocab_size": None}))
-    with pytest.raises(ConfigError, match="mixup and cutmix mix images"):
+    with pytest.raises(ConfigError, match="mixup and config.task.cutmix mix images"):
         build_experiment(classes(folder, **{"task.mixup": 0.2}))
