@@ -90,7 +90,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if flag.upper() not in os.environ and jax.config.values[flag] != quick:
         jax.config.update(flag, quick)
         jax.clear_caches()  # what was compiled the other way
-    return (yield)
+    try:
+        return (yield)
+    finally:
+        _turn_cache_on()
+
+
+def _turn_cache_on() -> None:
+    """A test that runs something without the compilation cache would leave all that follow in its process without."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir != folder:
+        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # jax looks at the settings only once
 
 
 def _forbid_device_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

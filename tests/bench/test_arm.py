@@ -86,7 +86,7 @@ def test_compile_times_are_without_the_cache_which_is_on_again_after(
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
     before = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
     prepare(setting, "block", "inference", "unroll", Shelf())
-    assert seen == [False] and before[0]
+    assert before[0] and seen == [False]
     assert (jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir) == before
 
 

@@ -36,7 +36,6 @@ def shortened(config: ConfigDict, length: int, **changes: Any) -> ConfigDict:
     config.batch_size = config.eval.batch_size = 8
     config.log_every = 1
     config.checkpoint_every = 2
-    config.compilation_cache = False
     config.model.size = "nano"
     config.data.length = length
     return override(config, changes)

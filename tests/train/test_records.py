@@ -20,6 +20,7 @@ from tensorboardX.proto import event_pb2
 
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.train import metrics_file, records
+from tokenlab.train.config import default_config
 from tokenlab.train.records import Workdir, read_config, read_metrics, read_run
 
 CONFIG = {
@@ -94,6 +95,21 @@ def test_another_configuration_is_refused_and_nothing_touched(
     assert tree_of_files(tmp_path) == before
     with Workdir(tmp_path, CONFIG):  # and it is not left locked
         pass
+
+
+def test_keys_that_came_later_have_their_defaults_in_a_run_from_before(tmp_path: Path) -> None:
+    config = default_config()
+    with Workdir(tmp_path, config):
+        pass
+    before = json.loads((tmp_path / "config.json").read_text())
+    del before["model"]["registers"], before["data"]["prefetch"], before["optimizer"]["accumulate"]
+    del before["optimizer"]["schedule"]["clock"], before["init_from"], before["sample_every"]
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    with Workdir(tmp_path, config) as workdir:
+        assert workdir.notes == []
+    config.model.registers = 1
+    with pytest.raises(ConfigError, match=r"another configuration: model.registers: 0 -> 1;"):
+        Workdir(tmp_path, config).__enter__()
 
 
 def test_folders_that_are_no_workdir(tmp_path: Path) -> None:

@@ -154,9 +154,7 @@ def config(text: str, **changes: Any) -> ConfigDict:
     """A tiny encoder, byte by byte: 256 [SEP], 257 padding, 258 [CLS], 259 [MASK]."""
     found = default_config(model="encoder_lm", task="masked_lm")
     found.data = from_dataclass(source.Config(name="text", files=text))
-    found.update(
-        steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2, compilation_cache=False
-    )
+    found.update(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2)
     found.eval.batch_size = 8
     found.data.update(split_on="\n\n", length=16, encoder=True)
     found.model.update(size="nano", stack=STACK, always_kept=(256, 258, 259), first_dropped=(257,))

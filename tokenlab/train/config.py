@@ -12,7 +12,7 @@ from ml_collections.config_dict import ConfigDict
 
 from tokenlab.core import names
 from tokenlab.core.config import from_dataclass
-from tokenlab.core.errors import ConfigError
+from tokenlab.core.errors import ConfigError, NameLookupError
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -283,3 +283,41 @@ def default_config(model: str = "vit", task: str = "classify", data: str = "digi
 def _settings(package: str, name: str, declares: str) -> dict[str, Any]:
     """The defaults of the settings that a model, task or source declares."""
     return dataclasses.asdict(names.find_attr(package, name, declares)())
+
+
+def completed(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """A configuration with the defaults of the keys it lacks, so that one written before a key was there equals today's.
+
+    Args:
+        config: of a run; what it lacks are keys of `TrainConfig`, or of its model, task and source. Keys without a
+            default, and groups whose name is not known, stay as they are.
+    """
+    found = dict(config)
+    for key, package in (("model", "models"), ("task", "tasks"), ("data", "data.sources")):
+        group = found.get(key)
+        if isinstance(group, Mapping | ConfigDict) and isinstance(group.get("name"), str):
+            try:
+                settings = names.find_attr(f"tokenlab.{package}", group["name"], "Config")
+            except NameLookupError:
+                continue
+            found[key] = _filled(group, settings)
+    return _filled(found, TrainConfig)
+
+
+def _filled(given: Mapping[str, Any] | ConfigDict, settings: Any) -> dict[str, Any]:
+    """`given` with the defaults that a dataclass has for what it lacks, groups in groups included."""
+    found = dict(given)
+    for entry in dataclasses.fields(settings):
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        elif entry.default is not dataclasses.MISSING:
+            default = entry.default
+        else:
+            continue
+        if not dataclasses.is_dataclass(default):
+            found.setdefault(entry.name, default)
+        elif entry.name not in found:
+            found[entry.name] = dataclasses.asdict(default)
+        elif isinstance(found[entry.name], Mapping | ConfigDict):
+            found[entry.name] = _filled(found[entry.name], type(default))
+    return found

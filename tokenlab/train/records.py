@@ -34,6 +34,7 @@ import tokenlab
 from tokenlab.core.config import diff, from_json, to_json
 from tokenlab.core.errors import ConfigError, DataError, TokenLabError
 from tokenlab.train import metrics_file
+from tokenlab.train.config import completed
 from tokenlab.train.metrics_file import MetricsFile
 
 MAY_CHANGE = (
@@ -146,7 +147,7 @@ class Workdir:
                         "workdir, or put its config.json back"
                     )
             return None
-        changes = diff(read_config(self.path), self._config)
+        changes = diff(completed(read_config(self.path)), completed(self._config))
         wrong = [line for line in changes if line.split(":")[0] not in MAY_CHANGE]
         if wrong:
             raise ConfigError(
