@@ -17,7 +17,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 STAMP := $(VENV)/.installed-$(PYTHON_VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint format env clean
+.PHONY: help demo test test-slow test-exact lint format env clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -26,10 +26,16 @@ demo: env ## train and compare a dense ViT with three token-efficient ones on re
 	$(BIN)/python experiments/demo/run.py --workdir=runs/demo
 
 test: env ## the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not exact" $(PYTEST_ARGS)
 
 test-slow: env ## the slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not exact" $(PYTEST_ARGS)
+
+# The quick tests compile as fast as can be (tests/conftest.py); here numbers are those of the code that users run: of
+# the authors' implementations, of the operations that all methods are made of, and what is claimed bit for bit.
+test-exact: env ## what compares numbers, with optimised machine code
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" \
+	  -k "not test_contract or exact" tests/golden tests/interop tests/ops tests/contract/test_contract.py $(PYTEST_ARGS)
 
 lint: env ## check style
 	$(BIN)/ruff check .

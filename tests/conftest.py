@@ -19,13 +19,12 @@ NUM_DEVICES = 8
 ROOT = Path(__file__).resolve().parent.parent
 
 OPTIMISED = ("cost", "sharding")
-"""Folders whose tests read compiled programs. There, and in tests that are marked `optimised`, XLA optimises machine
-code.
+"""Folders whose tests read compiled programs. There, and in tests that are marked `exact`, XLA optimises machine code.
 
 Nearly all of the time of the others is compiling. Where nothing is optimised and kernels are made by the older of XLA's
 two ways, where it has both, a third of it is left for small programs and a seventh for a train step.
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment is for the code that users run, everywhere: .ci/run does that for
-what compares numbers.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment is for the code that users run, everywhere: `make test-exact` does
+that for what compares numbers.
 """
 
 
@@ -59,9 +58,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The controller of xdist runs no test, so it is spared the import of jax.
     """
-    config.addinivalue_line(
-        "markers", "optimised: XLA optimises machine code as it does for users, see OPTIMISED"
-    )
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         return
     import jax
@@ -72,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _is_optimised(item: pytest.Item) -> bool:
     """Whether XLA optimises the machine code of what this test compiles."""
-    if item.get_closest_marker("optimised"):
+    if item.get_closest_marker("exact"):
         return True
     try:
         folder = item.path.relative_to(ROOT / "tests").parts[0]

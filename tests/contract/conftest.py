@@ -1,4 +1,4 @@
-"""Shared by the contract tests: weights re-drawn so that no zero initialisation hides anything, and a fixed batch."""
+"""Shared by the contract tests: a fixed batch."""
 
 from __future__ import annotations
 
@@ -6,21 +6,9 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-
-def redraw(state, seed=7):
-    """Every leaf moved by noise: zeros (heads, biases) and ones (norms) no longer hide a mistake."""
-    draws = np.random.default_rng(seed)
-
-    def moved(leaf):
-        return jnp.asarray(np.asarray(leaf) + np.float32(0.2) * draws.standard_normal(leaf.shape, np.float32))
-
-    return jax.tree.map(moved, state)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import parts
 import pytest
-from conftest import redraw
 
+from tests import decoders
 from tokenlab.core.tokens import Tokens
 from tokenlab.cost.flops import count
 from tokenlab.layers import execute
@@ -23,14 +23,12 @@ from tokenlab.layers.context import Context
 KEY = jax.random.key(1)
 FOUND = parts.find()
 IDENTITIES = parts.identities()
-# A feed-forward layer compiles slowly; what its further examples add is tried in the slow tests.
+# What further examples of a part add is tried in the slow tests.
 NAMES = [(part.role, part.name) for part in FOUND]
 each_part = pytest.mark.parametrize(
     "part",
     [
-        pytest.param(
-            part, marks=pytest.mark.slow if part.role in ("ffn", "special") and key in NAMES[:at] else ()
-        )
+        pytest.param(part, marks=pytest.mark.slow if key in NAMES[:at] else ())
         for at, (part, key) in enumerate(zip(FOUND, NAMES, strict=True))
     ],
     ids=str,
@@ -47,46 +45,53 @@ def cached(function):
 
 
 @cached
-def fresh(stack):
-    return jax.jit(parts.build(stack).init)(KEY)
-
-
-@cached
 def weights(stack):
-    return redraw(fresh(stack))
+    """Weights drawn at random, none of them zero: zeros (heads, biases) and ones (norms) would hide a mistake."""
+    return decoders.weights(parts.build(stack))
 
 
 @cached
-def forward(stack):
-    """A jitted function (state, images, key) -> logits, as in training, and a list that grows with every trace."""
-    model, traces = parts.build(stack), []
+def plain(stack):
+    """The unrolled program as it is trained, compiled once for the tests that ask it different things.
 
-    def logits(state, image, key):
+    A jitted function (state, images, cotangent, key) -> ((sum of logits in a direction, (logits, facts of every item)),
+    gradients), and a list that grows with every trace.
+    """
+    return _train_step(parts.build(stack), execution="unroll", record=True)
+
+
+def _train_step(model, **how):
+    traces = []
+
+    def total(state, images, cotangent, key):
         traces.append(1)
-        return model.apply(state, {"image": image}, train=True, rng=key).logits
+        output = model.apply(state, {"image": images}, train=True, rng=key, **how)
+        return jnp.sum(output.logits * cotangent) + sum(output.losses.values()), (
+            output.logits,
+            _facts(output.trace),
+        )
 
-    return jax.jit(logits), traces
+    return jax.jit(jax.value_and_grad(total, has_aux=True)), traces
 
 
-def value_and_grad(model, images, cotangent, **how):
-    """A jitted function state -> ((sum of logits in a direction, logits), gradients), as in training."""
-
-    def total(state):
-        output = model.apply(state, {"image": images}, train=True, rng=KEY, **how)
-        return jnp.sum(output.logits * cotangent) + sum(output.losses.values()), output.logits
-
-    return jax.jit(jax.value_and_grad(total, has_aux=True))
+def _facts(trace):
+    """(name of an item, whether it is what the item's body sees) -> position, owner and perhaps size of its tokens."""
+    found = {}
+    for point in trace or ():
+        found[point.name, point.inside] = {"position": point.tokens.position, "owner": point.tokens.owner}
+        if point.tokens.size is not None:
+            found[point.name, point.inside]["size"] = point.tokens.size
+    return found
 
 
 @pytest.fixture(scope="module")
 def unrolled(images, cotangent):
-    """Stack -> (logits, gradients) of the plain unrolled program, which several tests compare with."""
+    """Stack -> (logits, facts, gradients) of the plain unrolled program, which several tests compare with."""
 
     @cached
     def of(stack):
-        model = parts.build(stack)
-        (_, logits), grads = value_and_grad(model, images, cotangent, execution="unroll")(weights(stack))
-        return logits, grads
+        (_, (logits, facts)), grads = plain(stack)[0](weights(stack), images, cotangent, KEY)
+        return logits, facts, grads
 
     return of
 
@@ -126,7 +131,7 @@ def test_something_was_found():
 def test_gradients_and_ways_of_running(part, unrolled, images, cotangent):
     """Gradients are finite and reach every parameter; scanned and unrolled agree."""
     model, state = parts.build(part.stack), weights(part.stack)
-    logits, grads = unrolled(part.stack)
+    logits, _, grads = unrolled(part.stack)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), f"{name} has gradients that are not finite"
@@ -135,43 +140,44 @@ def test_gradients_and_ways_of_running(part, unrolled, images, cotangent):
             stacked = name.startswith(("['blocks']", "['items']"))  # every block and item for itself
             per_entry = np.abs(leaf).reshape(leaf.shape[0] if stacked else 1, -1).max(axis=1)
             assert (per_entry > 0).all(), f"{name} gets no gradient"
-    (_, scanned), scanned_grads = value_and_grad(model, images, cotangent, execution="scan")(state)
+    run, _ = _train_step(model, execution="scan")
+    (_, (scanned, _)), scanned_grads = run(state, images, cotangent, KEY)
     np.testing.assert_array_equal(scanned, logits)
     assert relative(scanned_grads, grads) < 1e-6
 
 
+@pytest.mark.slow
 @each_first
 def test_rematerialised(part, unrolled, images, cotangent):
     """Computing blocks again in the backward pass changes no logit and no gradient."""
     model, state = parts.build(part.stack), weights(part.stack)
-    logits, grads = unrolled(part.stack)
-    (_, again), remat_grads = value_and_grad(model, images, cotangent, execution="unroll", remat="full")(
-        state
-    )
+    logits, _, grads = unrolled(part.stack)
+    run, _ = _train_step(model, execution="unroll", remat="full")
+    (_, (again, _)), remat_grads = run(state, images, cotangent, KEY)
     np.testing.assert_array_equal(again, logits)
     assert relative(remat_grads, grads) < 1e-6
 
 
+@pytest.mark.slow
 @each_first
 def test_bfloat16(part, images, cotangent):
     """In bfloat16 gradients stay finite, parameters stay float32, and logits are near those of float32."""
-    model = parts.build(part.stack, dtype="bfloat16")
-    (_, logits), grads = value_and_grad(model, images, cotangent)(weights(part.stack))
+    run, _ = _train_step(parts.build(part.stack, dtype="bfloat16"))
+    (_, (logits, _)), grads = run(weights(part.stack), images, cotangent, KEY)
     assert logits.dtype == jnp.float32
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all(), jax.tree_util.keystr(path)
 
 
 @each_part
-def test_tokens_stay_consistent(part, images):
+def test_tokens_stay_consistent(part, unrolled):
     """Counts are as the program says; positions distinct; owners a partition; sizes what was merged."""
     model = parts.build(part.stack)
     expected = [s for s in model.program.flat() if hasattr(s, "item")]
     if not expected:
         assert part.role in ("ffn", "special")  # every token of which stays where it is
         return
-    output = jax.jit(lambda s: _traced(model, s, images))(weights(part.stack))
-    seen = {(name, inside): leaves for (name, inside), leaves in output.items()}
+    _, seen, _ = unrolled(part.stack)
     for step in expected:
         tokens = seen[step.name, False]
         assert tokens["position"].shape[1] == step.after
@@ -188,19 +194,8 @@ def test_tokens_stay_consistent(part, images):
             assert carried.sum() <= count_in
 
 
-def _traced(model, state, images):
-    trace = model.apply(state, {"image": images}, rng=KEY, record=True).trace
-    found = {}
-    for point in trace:
-        facts = {"position": point.tokens.position, "owner": point.tokens.owner}
-        if point.tokens.size is not None:
-            facts["size"] = point.tokens.size
-        found[point.name, point.inside] = facts
-    return found
-
-
 @each_first
-def test_examples_do_not_meet(part, images):
+def test_examples_do_not_meet(part, unrolled, images, cotangent):
     """Permuting the batch permutes the outputs; random choices are tied to the row and so are left out."""
     model = parts.build(part.stack)
     if stochastic(model):
@@ -210,8 +205,8 @@ def test_examples_do_not_meet(part, images):
     else:
         order = np.array([5, 3, 0, 1, 4, 2])
         other, rows = images[order], slice(None)
-    (apply, _), state = forward(part.stack), weights(part.stack)
-    found, expected = apply(state, other, KEY), np.asarray(apply(state, images, KEY))[order]
+    (_, (found, _)), _ = plain(part.stack)[0](weights(part.stack), other, cotangent, KEY)
+    expected = np.asarray(unrolled(part.stack)[0])[order]
     np.testing.assert_allclose(found[rows], expected[rows], atol=2e-5, rtol=2e-5)
 
 
@@ -234,24 +229,25 @@ def test_padding_changes_nothing(part):
         return done.x, done.valid
 
     run = jax.jit(run)
-    (plain, alive), (other, alive_too) = run(x), run(jnp.where(valid[..., None], x, noise))
+    (zeros, alive), (other, alive_too) = run(x), run(jnp.where(valid[..., None], x, noise))
     np.testing.assert_array_equal(alive, alive_too)
-    np.testing.assert_allclose(np.asarray(plain)[alive], np.asarray(other)[alive], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(zeros)[alive], np.asarray(other)[alive], atol=1e-5)
     assert np.asarray(alive).any()
 
 
-@each_part
+@pytest.mark.slow
+@each_first
 def test_block_weights_belong_to_blocks(part):
     """Block k starts from the same weights whatever wraps it."""
     model = parts.build(part.stack)
-    state, plain = fresh(part.stack), fresh(f"block*{model.program.depth}")
-    for kind, tree in plain["blocks"].items():
+    state, dense = (jax.jit(m.init)(KEY) for m in (model, parts.build(f"block*{model.program.depth}")))
+    for kind, tree in dense["blocks"].items():
         if (
             kind in state["blocks"]
             and jax.tree.leaves(state["blocks"][kind])[0].shape[0] == model.program.depth
         ):
             jax.tree.map(np.testing.assert_array_equal, state["blocks"][kind], tree)
-    np.testing.assert_array_equal(state["embed"]["cls"], plain["embed"]["cls"])
+    np.testing.assert_array_equal(state["embed"]["cls"], dense["embed"]["cls"])
 
 
 @each_part
@@ -272,27 +268,27 @@ def test_counted_cost(part, images):
 
 
 @each_first
-def test_one_trace_for_all_steps(part, images):
+def test_one_trace_for_all_steps(part, images, cotangent):
     """Another batch, another key, another step: no retrace."""
-    apply, traces = forward(part.stack)
-    apply(weights(part.stack), images, KEY)
+    run, traces = plain(part.stack)
+    run(weights(part.stack), images, cotangent, KEY)
     before = len(traces)
     for i in range(1, 3):
-        apply(weights(part.stack), images + i, jax.random.fold_in(KEY, i))
+        run(weights(part.stack), images + i, cotangent, jax.random.fold_in(KEY, i))
     assert len(traces) == before > 0
 
 
-@pytest.mark.optimised
-# That scanned equals unrolled is tried above, for every part.
-@pytest.mark.parametrize("execution", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
+@pytest.mark.exact
+@pytest.mark.parametrize("execution", ["scan", "unroll"])
 @pytest.mark.parametrize("part", IDENTITIES, ids=str)
 def test_identity_equals_dense(part, execution, images, cotangent):
     """With everything kept, logits equal the dense stack's bit for bit, and gradients to 1e-6 of the largest."""
     model, dense = parts.build(part.stack), parts.build(parts.dense(part.stack))
     state = weights(part.stack)
-    plain = {k: v for k, v in state.items() if k != "items"}
-    (_, expected), expected_grads = value_and_grad(dense, images, cotangent, execution=execution)(plain)
-    (_, logits), grads = value_and_grad(model, images, cotangent, execution=execution)(state)
+    (_, (expected, _)), expected_grads = _train_step(dense, execution=execution)[0](
+        {k: v for k, v in state.items() if k != "items"}, images, cotangent, KEY
+    )
+    (_, (logits, _)), grads = _train_step(model, execution=execution)[0](state, images, cotangent, KEY)
     np.testing.assert_array_equal(logits, expected)
     grads.pop("items", None)
     assert relative(grads, expected_grads) < 1e-6

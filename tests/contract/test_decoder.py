@@ -19,14 +19,12 @@ from tokenlab.core.errors import StackError
 
 N, P, SHORT, B = 16, 8, 3, 8
 FOUND = parts.find()
-# A feed-forward layer compiles slowly; what its further examples add is tried in the slow tests.
+# What further examples of a part add is tried in the slow tests.
 NAMES = [(part.role, part.name) for part in FOUND]
 each_part = pytest.mark.parametrize(
     "part",
     [
-        pytest.param(
-            part, marks=pytest.mark.slow if part.role in ("ffn", "special") and key in NAMES[:at] else ()
-        )
+        pytest.param(part, marks=pytest.mark.slow if key in NAMES[:at] else ())
         for at, (part, key) in enumerate(zip(FOUND, NAMES, strict=True))
     ],
     ids=str,

@@ -108,7 +108,9 @@ def test_all_together_equal_one_device():
     check_equal(TOGETHER, {"data": 4, "fsdp": 2})
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 4, "fsdp": 2}], ids=str
+)
 def test_all_together_moves_no_activations(sizes):
     check_moves(TOGETHER, sizes)
 

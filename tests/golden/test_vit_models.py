@@ -65,7 +65,7 @@ def points(model, state, images):
     return model.apply(state, {"image": images}, record=True).trace
 
 
-@pytest.mark.parametrize("execution", ["scan", "unroll"])
+@pytest.mark.parametrize("execution", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
 @pytest.mark.parametrize("variant", ["fuse", "drop"])
 def test_evit_model(variant, execution):
     config, arrays = load("evit")
@@ -92,7 +92,7 @@ def test_evit_model(variant, execution):
     np.testing.assert_array_equal(kept, np.sort(arrays[f"{variant}/mid/keep_index1"], axis=1))
 
 
-@pytest.mark.parametrize("execution", ["scan", "unroll"])
+@pytest.mark.parametrize("execution", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
 def test_tome_model(execution):
     config, arrays = load("tome")
     model = build(config, f"block(between=tome({config['model_r']}))*{config['depth']}")

@@ -93,6 +93,7 @@ def test_the_saved_weights_are_those_of_the_file(file, digits, tmp_path):
     assert read_run(tmp_path / "run")["imported"]["layout"] == "timm"
 
 
+@pytest.mark.slow
 def test_train_starts_from_the_workdir(file, tmp_path):
     accepted(file, tmp_path / "run", **HEADS)
     saved = read_config(tmp_path / "run")

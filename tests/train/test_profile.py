@@ -147,6 +147,7 @@ def quality(workdir: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if "seconds" not in k} for record in records]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_a_profile(tmp_path) -> None:
     wanted = config()
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"

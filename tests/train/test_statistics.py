@@ -177,6 +177,7 @@ def whole(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(
     text: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

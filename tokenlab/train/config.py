@@ -286,7 +286,7 @@ def _settings(package: str, name: str, declares: str) -> dict[str, Any]:
 
 
 def completed(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """A configuration with the defaults of the keys it lacks, so that one written before a key was there equals today's.
+    """A configuration with the defaults of the keys it lacks: one written before a key was there equals today's.
 
     Args:
         config: of a run; what it lacks are keys of `TrainConfig`, or of its model, task and source. Keys without a
