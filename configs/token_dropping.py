@@ -5,7 +5,7 @@ tokenlab train --config=configs/token_dropping.py:dense --workdir=runs/token_dro
 tokenlab train --config=configs/token_dropping.py:random --workdir=runs/token_dropping_random
 tokenlab cost  --config=configs/token_dropping.py:base
 
-The miniature is six blocks of width 128 over 128 tokens, of which 64 go through the middle ones; evaluation is dense.
+The miniature is six blocks of width 64 over 128 tokens, of which 64 go through the middle ones; evaluation is dense.
 `fine_tune` learns the sentences of configs/sentences.py from what it has trained:
 
     tokenlab train --config=configs/token_dropping.py:fine_tune --config.init_from.path=runs/token_dropping \

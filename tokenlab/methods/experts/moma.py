@@ -80,7 +80,8 @@ class MoMa(nn.Module):
       capacity: factor on C_m, > 0.
       sequences: examples whose tokens are ranked together, 1 or more; the batch must be a multiple.
       noise: factor on the logistic noise in training, >= 0; 1 is the paper's.
-      decide: outside training: "auxiliary" routers, or still "topk", which looks ahead and is there to compare with.
+      decide: outside training: "auxiliary" routers, or still "topk", which looks ahead and is there to compare with. A
+        model with "topk" has no auxiliary routers; one with "oracle" has them, teaches them, and does not ask them.
       weight: of the auxiliary routers' loss, >= 0.
       room: choices of a whole sequence outside training, as a multiple of those in training; at least 1. Tokens take it
         in order, and "left_out" counts those that came too late.
@@ -99,7 +100,7 @@ class MoMa(nn.Module):
     capacity: float = 1.0
     sequences: int = 1
     noise: float = 0.0
-    decide: Literal["auxiliary", "topk"] = "auxiliary"
+    decide: Literal["auxiliary", "topk", "oracle"] = "auxiliary"
     weight: float = 0.01
     room: float = 1.5
     expert: nn.Module | None = None
@@ -181,7 +182,7 @@ class MoMa(nn.Module):
             found |= bank
             if group.experts > 1:
                 found[f"router_{group.name}"] = ("embed", None)
-            if group.experts > 1 and self.decide == "auxiliary":
+            if group.experts > 1 and self.decide != "topk":
                 found[f"auxiliary_{group.name}_in"] = ("embed", None)
                 found[f"auxiliary_{group.name}_out"] = (None, None)
         return found
@@ -210,7 +211,7 @@ class MoMa(nn.Module):
             raise ConfigError(
                 "moma: text_share and slack are of modalities; leave them where experts are mixed."
             )
-        route.check_word("moma: decide", self.decide, ("auxiliary", "topk"))
+        route.check_word("moma: decide", self.decide, ("auxiliary", "topk", "oracle"))
         banks.check_transport("moma", self.transport)
         if self.transport and not self.routed:
             raise ConfigError(
@@ -377,7 +378,7 @@ class MoMa(nn.Module):
             return self.param(name, nn.initializers.lecun_normal(), (rows, columns), jnp.float32)
 
         router, half, auxiliary = kernel(f"router_{name}", width, count), max(1, width // 2), None
-        if self.decide == "auxiliary":
+        if self.decide != "topk":
             auxiliary = (
                 kernel(f"auxiliary_{name}_in", width, half),
                 kernel(f"auxiliary_{name}_out", half, count),
