@@ -1,5 +1,5 @@
-"""The command line: `tokenlab train | evaluate | generate | encode | compare | benchmark | cost | data | import |
-list`.
+"""The command line: `tokenlab train | evaluate | generate | encode | compare | benchmark | cost | compile | data |
+import | list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -21,7 +21,7 @@ from tokenlab.core.files import check_writable
 from tokenlab.core.flags import PROGRAM, Arguments, Command, Flag, decimal, number, parse, usage
 
 PIPE_WIDTH = 160  # columns of a table that does not go to a terminal
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def train(arguments: Arguments) -> None:
@@ -225,6 +225,50 @@ def cost(arguments: Arguments) -> None:
         if not console.is_terminal:
             console = Console(width=PIPE_WIDTH)
         console.print(table.to_rich(width=console.width))
+
+
+def compile_(arguments: Arguments) -> int:
+    """Compile a configuration's train step for devices that need not be there; 3 when it does not fit them."""
+    given = arguments.values
+    target = _writable(given["json"])
+    outputs = number("compile: --outputs", given["outputs"])
+    mesh = _mesh(given["mesh"])
+    if given["topology"] != "here":
+        # There is no TPU here, and JAX would look for one. Flags for a CPU's compiler are unknown to libtpu, which
+        # stops at them.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if os.environ.pop("XLA_FLAGS", None):
+            print("compile: XLA_FLAGS is left out; flags for a TPU's compiler go into LIBTPU_INIT_ARGS")
+    from tokenlab.core import config
+
+    wanted = config.override(config.load(given["config"]), arguments.overrides)
+    from rich.console import Console
+
+    from tokenlab.train.compile_report import compile_report
+
+    report = compile_report(wanted, given["config"], given["topology"], mesh=mesh, num_outputs=outputs)
+    if target is not None:
+        Path(target).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    console.print(report.to_rich())
+    return EXIT_DOES_NOT_FIT if report.fits is False else 0
+
+
+def _mesh(text: str | None) -> dict[str, int] | None:
+    """`--mesh=fsdp=16,expert=8` as sizes by axis."""
+    if text is None:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, size = part.partition("=")
+        if not equals or not size.strip().lstrip("-").isdigit() or axis.strip() in sizes:
+            raise ConfigError(
+                f"compile: --mesh={text!r}: expected devices per axis, each once, such as fsdp=16,expert=8."
+            )
+        sizes[axis.strip()] = int(size)
+    return sizes
 
 
 def data(arguments: Arguments) -> None:
@@ -471,6 +515,24 @@ COMMANDS: dict[str, Command] = {
         ),
         overrides=True,
     ),
+    "compile": Command(
+        compile_,
+        "compile a configuration's train step for devices that need not be there: memory, traffic, least time",
+        (
+            _CONFIG,
+            Flag(
+                "topology",
+                "a TPU slice such as v5e:16x16 (needs libtpu), or here: the devices of this process",
+                "KIND:SHAPE",
+                required=True,
+            ),
+            Flag("mesh", "devices per axis, such as fsdp=16,expert=16 (default: config.mesh)", "AXIS=N,..."),
+            Flag("outputs", "logits, where the data is not here and does not say them", "N"),
+            _JSON,
+        ),
+        overrides=True,
+        more="Neither devices nor data are needed. Exit status 3: it does not fit.",
+    ),
     "data": Command(
         data,
         "list the data sets there are, show one, count n-grams in text, or prepare a set of TFDS",
@@ -517,8 +579,8 @@ def console() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one command line; returns the exit status: 0, 2 for a mistake, 3 of `compile`, 130 after Ctrl-C."""
+    words, status = list(sys.argv[1:] if argv is None else argv), 0
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(_help())
@@ -527,7 +589,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"{PROGRAM} {__version__}")
         else:
-            _run(words[0], words[1:])
+            status = _run(words[0], words[1:])
         sys.stdout.flush()
     except TokenLabError as error:
         print(f"{PROGRAM}: error: {_message(error)}", file=sys.stderr)
@@ -537,7 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return status
 
 
 def _message(error: TokenLabError) -> str:
@@ -547,15 +609,15 @@ def _message(error: TokenLabError) -> str:
     return text if last and not last.strip(" ^") else " ".join(text.split())
 
 
-def _run(name: str, words: Sequence[str]) -> None:
+def _run(name: str, words: Sequence[str]) -> int:
     if name not in COMMANDS:
         what = "flag before a command" if name.startswith("-") else "command"
         raise NameLookupError(f"unknown {what} {name!r}.{suggest(name, [*COMMANDS, '--help', '--version'])}")
     if any(word in ("-h", "--help") for word in words):
         print(usage(name, COMMANDS[name]))
-    else:
-        command = COMMANDS[name]
-        command.run(parse(name, command, words))
+        return 0
+    command = COMMANDS[name]
+    return command.run(parse(name, command, words)) or 0
 
 
 def _writable(path: str | None) -> str | None:

@@ -54,7 +54,7 @@ class Command:
       more: further lines for its help.
     """
 
-    run: Callable[[Arguments], None]
+    run: Callable[[Arguments], int | None]
     summary: str
     flags: tuple[Flag, ...] = ()
     overrides: bool = False

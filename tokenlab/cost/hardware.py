@@ -40,6 +40,8 @@ class Hardware:
         are rounded to bfloat16, so it is the same peak.
       hbm_bytes: memory of the chip.
       hbm_bandwidth: bytes/s between the chip and that memory.
+      link_bandwidth: bytes/s that the chip can send to the other chips of its slice or server, over all links at
+        once: half of what a maker calls bidirectional. None where none is stated.
       source: where the figures are from.
     """
 
@@ -49,6 +51,7 @@ class Hardware:
     float32_flops: float
     hbm_bytes: float
     hbm_bandwidth: float
+    link_bandwidth: float | None
     source: str
 
     def peaks(self, dtype: str) -> Peaks:
@@ -65,17 +68,17 @@ _H100 = "NVIDIA H100 Tensor Core GPU datasheet (bfloat16 and TF32 there with spa
 _H200 = "NVIDIA H200 Tensor Core GPU datasheet (bfloat16 and TF32 there with sparsity; half of it)"
 
 HARDWARE = (
-    Hardware("TPU v4", ("TPU v4",), 275e12, 275e12, 32 * 2**30, 1200e9, _TPU + "v4"),
-    Hardware("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16e9, 819e9, _TPU + "v5e"),
-    Hardware("TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95e9, 2765e9, _TPU + "v5p"),
-    Hardware("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32e9, 1638e9, _TPU + "v6e"),
-    Hardware("A100 SXM 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 156e12, 40e9, 1555e9, _A100),
-    Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 156e12, 40e9, 1555e9, _A100),
-    Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, 80e9, 2039e9, _A100),
-    Hardware("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80e9, 1935e9, _A100),
-    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 494.7e12, 80e9, 3350e9, _H100),
-    Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756.5e12, 378e12, 80e9, 2000e9, _H100),
-    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 494.7e12, 141e9, 4800e9, _H200),
+    Hardware("TPU v4", ("TPU v4",), 275e12, 275e12, 32 * 2**30, 1200e9, 300e9, _TPU + "v4"),
+    Hardware("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16e9, 819e9, 200e9, _TPU + "v5e"),
+    Hardware("TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95e9, 2765e9, 600e9, _TPU + "v5p"),
+    Hardware("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32e9, 1638e9, 400e9, _TPU + "v6e"),
+    Hardware("A100 SXM 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 156e12, 40e9, 1555e9, 300e9, _A100),
+    Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 156e12, 40e9, 1555e9, None, _A100),
+    Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, 80e9, 2039e9, 300e9, _A100),
+    Hardware("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80e9, 1935e9, None, _A100),
+    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 494.7e12, 80e9, 3350e9, 450e9, _H100),
+    Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756.5e12, 378e12, 80e9, 2000e9, None, _H100),
+    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 494.7e12, 141e9, 4800e9, 450e9, _H200),
 )
 
 

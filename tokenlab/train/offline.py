@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Offline:
       seconds: that compiling took.
       state_bytes: of parameters, optimizer and batch, on each device.
       temporary_bytes: of what the step needs besides, on each device.
+      fixed_bytes: of parameters, optimizer and whatever else is state, on each device: all but the batch.
     """
 
     compiled: Any
@@ -38,6 +40,7 @@ class Offline:
     seconds: float
     state_bytes: int
     temporary_bytes: int
+    fixed_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -79,8 +82,13 @@ def compile_step(
         compiled = step.lower(shapes, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    fixed = sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    )
     return Offline(
-        compiled, made, seconds, int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
+        compiled, made, seconds, int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes), fixed
     )
 
 

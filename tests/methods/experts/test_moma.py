@@ -288,9 +288,13 @@ def test_outside_training_each_token_decides_for_itself():
         BOTH.clone(decide="topk"), params={k: v for k, v in drawn(BOTH).items() if "aux" not in k}
     )
     close(looking, train(BOTH)[0])
-    oracle, _ = evaluate(BOTH.clone(decide="oracle"))  # with the weights as they are, auxiliary routers included
+    oracle, _ = evaluate(
+        BOTH.clone(decide="oracle")
+    )  # with the weights as they are, auxiliary routers included
     equal(oracle, looking)
-    assert set(drawn(BOTH.clone(decide="oracle"))) == set(drawn(BOTH)) and not BOTH.clone(decide="oracle").causal
+    assert (
+        set(drawn(BOTH.clone(decide="oracle"))) == set(drawn(BOTH)) and not BOTH.clone(decide="oracle").causal
+    )
 
 
 # In a language model

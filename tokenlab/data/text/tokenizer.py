@@ -315,6 +315,12 @@ def build(word: str, texts: Iterable[str], *, encoder: bool = False) -> Tokenize
     return loaded
 
 
+def trained_size(word: str) -> int | None:
+    """V where `config.data.tokenizer` names a tokenizer of V ids that is yet to be trained, "bpe(V)"; else None."""
+    found = _BPE.fullmatch(word.strip())
+    return int(found[1]) if found else None
+
+
 def load(path: str) -> HuggingFaceTokenizer:
     """The tokenizer in a file `tokenizer.json`.
 

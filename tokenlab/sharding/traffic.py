@@ -1,0 +1,134 @@
+"""What a compiled program sends between devices each time it runs: loops as often as they run, by ring algorithms."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenlab.core.errors import ShardingError
+from tokenlab.sharding.check import Collective, collectives
+
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of collective of a program, all its occurrences together.
+
+    Attributes:
+      kind: "all-gather", "all-reduce", ...
+      count: how often one runs each time the program does, loops included.
+      bytes: that each device sends for them.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+def executed(compiled: Any) -> list[tuple[Collective, int]]:
+    """Each collective of a program, and how often it runs each time the program does.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` gives, or HLO text.
+
+    Raises:
+      ShardingError: a loop that holds collectives runs as often as its data says, which cannot be counted.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    bodies = dict(_computations(text))
+    times = _times(bodies)
+    found = []
+    for name, lines in bodies.items():
+        for collective in collectives("\n".join(lines)):
+            if (
+                name in times
+            ):  # else nothing calls it: an operand's type could not be told from its own computation
+                if times[name] is None:
+                    raise ShardingError(
+                        f"{collective} runs in a loop whose trips the compiled program does not fix."
+                    )
+                found.append((collective, times[name] or 0))
+    return found
+
+
+def sent(collective: Collective, devices: int) -> int:
+    """Bytes that a device sends for one run of a collective on a ring of the g devices that take part together.
+
+    An all-gather passes on all parts but one, (g - 1) / g of the result; a reduce-scatter as much of its operand; an
+    all-reduce is one of each; an all-to-all keeps its own part; a permute sends its operand as it is.
+
+    Args:
+      collective: of a compiled program.
+      devices: in all, where it names no groups.
+    """
+    pairs = collective.kind in ("collective-permute", "collective-broadcast")
+    group = devices if collective.groups is None else max(map(len, collective.groups))
+    if pairs:
+        return collective.bytes
+    if group < 2:
+        return 0
+    whole = collective.bytes
+    if collective.kind == "reduce-scatter":
+        whole *= group  # the operand: each device is left a part of it
+    share = whole * (group - 1) // group
+    return 2 * share if collective.kind == "all-reduce" else share
+
+
+def traffic(compiled: Any, devices: int) -> list[Traffic]:
+    """By kind, what a program's collectives send each time it runs, the most first; see `executed` and `sent`."""
+    counts: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for collective, times in executed(compiled):
+        counts[collective.kind] += times
+        total[collective.kind] += times * sent(collective, devices)
+    return [Traffic(kind, counts[kind], total[kind]) for kind, _ in total.most_common()]
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(name, lines) of each computation; that of the entry is called "ENTRY"."""
+    name, lines = "", []
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.rstrip().endswith("{"):
+            entry = line.startswith("ENTRY")
+            name = "ENTRY" if entry else line.split("(")[0].split("{")[0].strip().lstrip("%").strip()
+            lines = []
+        elif line.startswith("}"):
+            if name:
+                yield name, lines
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _times(bodies: Mapping[str, list[str]]) -> dict[str, int | None]:
+    """How often each computation runs; None where a loop without a known number of trips calls it."""
+    calls: dict[str, list[tuple[str, int | None]]] = {}
+    for name, lines in bodies.items():
+        calls[name] = []
+        for line in lines:
+            called = _CALLED.findall(line)
+            for listed in _BRANCHES.findall(line):
+                called += [branch.strip().lstrip("%") for branch in listed.split(",")]
+            loop = re.search(r"\bwhile\(", line)
+            trips = _TRIPS.search(line)
+            often = (int(trips[1]) if trips else None) if loop else 1
+            calls[name] += [(each, often) for each in called if each in bodies]
+    times: dict[str, int | None] = {"ENTRY": 1}
+
+    def walk(name: str, often: int | None) -> None:
+        for called, trips in calls[name]:
+            more = None if often is None or trips is None else often * trips
+            before = times.get(called, 0)
+            times[called] = None if more is None or before is None else before + more
+            walk(called, more)
+
+    walk("ENTRY", 1)
+    return times

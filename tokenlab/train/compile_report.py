@@ -1,0 +1,271 @@
+"""`tokenlab compile`: would this configuration run on those devices, and how fast could it be at best?
+
+The train step is compiled for devices that need not be there, from shapes alone: neither they nor the data are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from ml_collections.config_dict import ConfigDict
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tokenlab import models, tasks
+from tokenlab.core.config import to_dataclass
+from tokenlab.core.errors import CostError
+from tokenlab.cost import Cost, Roofline, lookup, pretty, roofline
+from tokenlab.data.outline import outline
+from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.sharding.topology import topology
+from tokenlab.sharding.traffic import Traffic, traffic
+from tokenlab.train import schedule
+from tokenlab.train.compilation import cache_folder
+from tokenlab.train.config import TrainConfig
+from tokenlab.train.costs import train_cost
+from tokenlab.train.offline import compile_step
+
+HERE = "here"
+"""The topology that is the devices of this process."""
+
+_OVER = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What is known of a train step on devices before it runs.
+
+    Attributes:
+      config: that was compiled, as the command names it.
+      topology: of the devices, such as "v5e:16x16".
+      mesh: devices by axis.
+      batch_size: examples a step, over all devices.
+      devices: how many.
+      chip: their kind.
+      bytes_per_device: memory that each needs at once.
+      state_bytes: of it, what does not depend on the batch: parameters and optimizer.
+      hbm_bytes: memory that each has; None where it is not known.
+      fits: whether the one is at most the other; None where the other is not known.
+      flops_per_device: counted, of loss and gradients with what is computed again, shared evenly.
+      collectives: what each device sends in a step, by kind; None where the program was not made.
+      roofline: the least time of a step; None where the chip's figures are not known, or the program was not made.
+      batch_that_fits: about the largest batch that would fit, a multiple of the devices that share it; None as above.
+      compile_seconds: that compiling took.
+    """
+
+    config: str
+    topology: str
+    mesh: Mapping[str, int]
+    batch_size: int
+    devices: int
+    chip: str
+    bytes_per_device: int
+    state_bytes: int
+    hbm_bytes: int | None
+    fits: bool | None
+    flops_per_device: int
+    collectives: tuple[Traffic, ...] | None
+    roofline: Roofline | None
+    batch_that_fits: int | None
+    compile_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with bytes and FLOPs as integers, and seconds."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "roofline"}
+        found["mesh"] = dict(self.mesh)
+        found["collectives"] = (
+            None if self.collectives is None else list(map(dataclasses.asdict, self.collectives))
+        )
+        least = self.roofline
+        found["step_seconds_bound"] = None if least is None else least.seconds
+        found["bound"] = None if least is None else least.bound
+        found["seconds_by_resource"] = None if least is None else dataclasses.asdict(least)
+        return found
+
+    def to_rich(self) -> RenderableType:
+        """For a terminal."""
+        shown = Table(
+            box=SIMPLE_HEAD,
+            show_header=False,
+            title=f"{self.config} on {self.topology}",
+            title_justify="left",
+        )
+        shown.add_column()
+        shown.add_column()
+        axes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
+        shown.add_row("devices", f"{self.devices} x {self.chip}: {axes}")
+        shown.add_row("batch", f"{self.batch_size:,} examples")
+        shown.add_row("memory a device", self._memory())
+        if self.batch_that_fits is not None:
+            shown.add_row("batch that would fit", f"about {self.batch_that_fits:,}")
+        shown.add_row("counted FLOPs a device", pretty(self.flops_per_device))
+        for each in self.collectives or ():
+            shown.add_row(f"{each.kind} a step", f"{each.count:,}, {pretty(each.bytes)}B sent by a device")
+        if self.roofline is not None:
+            shown.add_row("least time of a step", self._time(self.roofline))
+        shown.add_row("compiled in", f"{self.compile_seconds:.0f} s")
+        return Group(shown, Text(self.verdict))
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if self.fits is None:
+            return f"no memory size is known for {self.chip}: whether it fits cannot be told"
+        if self.fits:
+            return "it fits"
+        return (
+            f"it does NOT fit: {pretty(self.bytes_per_device - (self.hbm_bytes or 0))}B too much a device. What "
+            "helps: a smaller config.batch_size, more of fsdp in the mesh, config.model.remat='full', or "
+            "config.optimizer.accumulate."
+        )
+
+    def _memory(self) -> str:
+        rest = self.bytes_per_device - self.state_bytes
+        text = (
+            f"{pretty(self.bytes_per_device)}B: {pretty(self.state_bytes)}B of state, {pretty(rest)}B besides"
+        )
+        return text if self.hbm_bytes is None else f"{text}, of {pretty(self.hbm_bytes)}B"
+
+    @staticmethod
+    def _time(least: Roofline) -> str:
+        resources = {
+            "compute": least.compute_seconds,
+            "memory": least.memory_seconds,
+            "links": least.collective_seconds,
+        }
+        each = ", ".join(f"{what} {1e3 * seconds:.3g} ms" for what, seconds in resources.items())
+        return f"{1e3 * least.seconds:.3g} ms, bound by {least.bound} ({each})"
+
+
+def compile_report(
+    config: Mapping[str, Any] | ConfigDict | TrainConfig,
+    name: str,
+    where: str,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    num_outputs: int | None = None,
+) -> CompileReport:
+    """Compile the train step of a configuration for devices, and say what it would take there.
+
+    Args:
+      config: of a run.
+      name: what to call it.
+      where: kind and shape of a TPU slice, such as "v5e:16x16", or "here" for the devices of this process.
+      mesh: devices per axis; None for that of the configuration.
+      num_outputs: logits, where the data is not here and does not say them.
+
+    Raises:
+      ShardingError: no libtpu, no such slice, or a mesh that does not fit it.
+      TokenLabError: what is wrong with the configuration, or data that is not here and that nothing describes.
+    """
+    config = to_dataclass(TrainConfig, config)
+    wanted = dict(mesh) if mesh else {k: v for k, v in dataclasses.asdict(config.mesh).items() if v != 1}
+    facts, task = outline(config.data), tasks.build(config.task)
+    outputs = task.num_outputs(facts) if num_outputs is None else num_outputs
+    with contextlib.nullcontext() if where == HERE else one_at_a_time():
+        devices: Sequence[Any] = jax.devices() if where == HERE else topology(where)
+        sizes = _whole(wanted or {"data": -1}, len(devices))
+        made, over, seconds = None, None, 0.0
+        try:
+            made = compile_step(config, facts.spec, outputs, devices, sizes)
+        except jax.errors.JaxRuntimeError as error:
+            if (over := used_bytes(str(error))) is None:
+                raise
+    first = schedule.stack_vars(config.stack_vars, config.steps).usual(0)
+    model = models.build(config.model, spec=facts.spec, num_outputs=outputs, stack_vars=first)
+    cost = train_cost(model, task, facts.spec, 1, config.optimizer.only) * config.batch_size
+    chip = devices[0].device_kind
+    hardware = _datasheet(chip)
+    sent = None if made is None else tuple(traffic(made.compiled, len(devices)))
+    needed = over if made is None else made.peak_bytes
+    state = 0 if made is None else made.fixed_bytes
+    memory = None if hardware is None else int(hardware.hbm_bytes)
+    return CompileReport(
+        config=name,
+        topology=where,
+        mesh=sizes,
+        batch_size=config.batch_size,
+        devices=len(devices),
+        chip=chip,
+        bytes_per_device=int(needed or 0),
+        state_bytes=state,
+        hbm_bytes=memory,
+        fits=None if memory is None else made is not None and made.peak_bytes <= memory,
+        flops_per_device=cost.flops // len(devices),
+        collectives=sent,
+        roofline=_roofline(cost, config, hardware, len(devices), sent),
+        batch_that_fits=_largest(made, memory, config.batch_size, sizes),
+        compile_seconds=seconds if made is None else made.seconds,
+    )
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Waits until no other process of this user compiles for a TPU: libtpu is made for one process a machine."""
+    folder = cache_folder().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / "compile.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
+            print(f"waiting for {other}, which compiles for a TPU", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)  # which unlocks it, as the end of the process would
+
+
+def used_bytes(message: str) -> int | None:
+    """The memory that a program would have used, of a compiler's complaint that it is too much; None of any other."""
+    found = _OVER.search(message)
+    return int(float(found[1]) * _UNITS[found[2].upper()]) if found else None
+
+
+def _whole(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Sizes of a mesh with -1 worked out, where that can be done."""
+    rest = devices // max(1, math.prod(size for size in sizes.values() if size > 0))
+    return {axis: rest if size == -1 else size for axis, size in sizes.items()}
+
+
+def _datasheet(chip: str) -> Any:
+    try:
+        return lookup(chip)
+    except CostError:
+        return None
+
+
+def _roofline(
+    cost: Cost, config: TrainConfig, hardware: Any, devices: int, sent: tuple[Traffic, ...] | None
+) -> Roofline | None:
+    if hardware is None or sent is None:
+        return None
+    total = sum(each.bytes for each in sent) if hardware.link_bandwidth else 0
+    peaks = hardware.peaks(config.model.get("dtype", "float32"))
+    return roofline(
+        cost, peaks, devices=devices, collective_bytes=total, link_bandwidth=hardware.link_bandwidth
+    )
+
+
+def _largest(made: Any, memory: int | None, batch: int, sizes: Mapping[str, int]) -> int | None:
+    """About the largest batch: what is not state grows with it."""
+    if made is None or memory is None:
+        return None
+    each = (made.peak_bytes - made.fixed_bytes) / batch
+    ways = math.prod(sizes.get(axis, 1) for axis in DEFAULT_RULES["batch"] or ())
+    return max(0, int((memory - made.fixed_bytes) / each) // ways * ways) if each > 0 else None
