@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tokenlab import models
-from tokenlab.core.errors import TokenLabError
+from tokenlab.core.errors import StackError, TokenLabError
 from tokenlab.layers.attention import cls_attention, mean_key
 from tokenlab.layers.item import join_readings
 from tokenlab.layers.program import BlockStep, ItemStep, Loop
@@ -137,3 +137,35 @@ def test_deep_stacks_are_built_quickly_and_small():
     """2,000 steps are worked out without tracing each one, and fold into one loop."""
     built = program("block*2000")
     assert built.depth == 2000 and outline(built.folded()) == "[b17]*2000"
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        "skip(keep=0.5)(block + evit(0.8))",
+        "skip(keep=0.5)(block(between=evit(0.8)))",
+        "block + skipvit(0.5)(block + evit(0.8))",
+        "random_ltd(0.5, protect=True)(block + evit(0.8))",
+        "block + token_dropping(keep=0.5, by=norm)(block*2 + evit(0.8))",
+        "mod(keep=0.5)(block + evit(0.8))",
+        "videollm_mod(keep=0.5, frames=4)(block + evit(0.8))",
+    ],
+)
+def test_a_body_that_puts_tokens_into_other_places_is_refused(stack):
+    """CLS and 8 patches in, CLS, 7 of them and one for the eighth out: as many, and no longer in order."""
+    with pytest.raises(
+        StackError, match=r"evit gives as many tokens as it takes, 9, in other places"
+    ) as error:
+        program(stack + " + block")
+    name = stack.removeprefix("block + ").partition("(")[0]
+    assert f"move evit out of {name}" in str(error.value)
+
+
+def test_where_nothing_is_put_back_by_place_an_item_may_move_tokens():
+    program("block(between=evit(0.93)) + block")  # 16 patches become 15 and one more
+    program("skip(keep=0.5)(block + evit(1.0))")  # nothing is dropped
+    spec = {"image": ((8, 8, 1), "float32")}
+    settings = {"size": "nano/2", "stack": "random_ltd(1.0, protect=True)(block + evit(0.93)) + block"}
+    models.build(settings, spec=spec, num_outputs=5, train=False)  # random_ltd is not there
+    with pytest.raises(StackError, match="evit gives as many tokens"):
+        models.build(settings, spec=spec, num_outputs=5)

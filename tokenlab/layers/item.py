@@ -181,6 +181,14 @@ class Item:
         del protected
         return present
 
+    def reorders(self, present: int, protected: int) -> bool:
+        """Whether a place may hold another token behind it, where as many come out as came in.
+
+        Such an item cannot stand in a body, whose tokens return to the places that they were taken from.
+        """
+        del present, protected
+        return False
+
     def inside(self, present: int, protected: int) -> int:
         """Tokens a wrapper's body sees."""
         return self.count(present, protected)

@@ -386,6 +386,7 @@ class _Builder:
         self.width, self.protected, self.has_cls = width, protected, has_cls
         self.coordinates, self.train = coordinates, train
         self.no_cls = "this model has none"
+        self.within = ""  # the active wrapper whose body is being built
         self.blocks = 0
         self.numbers: dict[str, int] = {}  # items by name so far
         self.kinds: dict[Kind, list[Occurrence]] = {}
@@ -517,10 +518,18 @@ class _Builder:
             after = item.count(present, self.protected) if active else present
         except TokenLabError as error:
             self.stack.fail(call.span, str(error))
+        if active and self.within and after == present and item.reorders(present, self.protected):
+            self.stack.fail(
+                call.span,
+                f"{call.name} gives as many tokens as it takes, {present}, in other places, and {self.within} around "
+                f"it puts what its body gives back by place: move {call.name} out of {self.within}, or let it keep "
+                "all tokens there.",
+            )
         body: list[Step] = []
         if call.body is not None:
-            outside = self.protected, self.has_cls
+            outside = self.protected, self.has_cls, self.within
             if active:
+                self.within = call.name
                 self.protected = item.inside_protected(self.protected)
                 if self.has_cls and not self.protected:
                     self.has_cls, self.no_cls = (
@@ -528,7 +537,7 @@ class _Builder:
                         f"inside {call.name} it is dropped like any other token",
                     )
             body, out = self.level([call.body], inside, remembered)
-            self.protected, self.has_cls = outside
+            self.protected, self.has_cls, self.within = outside
             if out != inside:
                 self.stack.fail(
                     call.span,

@@ -69,6 +69,10 @@ class EViT(Item):
         wanted = self.kept(present, protected)
         return protected + wanted + int(self.fused and wanted < present - protected)
 
+    def reorders(self, present: int, protected: int) -> bool:
+        """The fused token stands behind all others, also where it takes the place of a single one."""
+        return self.fused and self.kept(present, protected) < present - protected
+
     def __call__(
         self,
         params: Params,
