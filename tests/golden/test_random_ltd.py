@@ -14,9 +14,10 @@ import pytest
 from tokenlab import models
 from tokenlab.core.stack import parse
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import execute, program
+from tokenlab.layers import execute
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
+from tokenlab.layers.build_program import build_program
 from tokenlab.layers.context import Context
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
@@ -113,7 +114,7 @@ def gpt2(stored):
 
 def decoder(stack):
     own = CONFIG["stack"]
-    return program.build(
+    return build_program(
         parse(stack),
         Names(),
         block=Block(

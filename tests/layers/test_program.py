@@ -9,8 +9,10 @@ import pytest
 from tokenlab import models
 from tokenlab.core.errors import StackError, TokenLabError
 from tokenlab.layers.attention import cls_attention, mean_key
+from tokenlab.layers.build_program import shapes_of
 from tokenlab.layers.item import join_readings
 from tokenlab.layers.program import BlockStep, ItemStep, Loop
+from tokenlab.models import Names
 
 
 def program(stack, **settings):
@@ -169,3 +171,25 @@ def test_where_nothing_is_put_back_by_place_an_item_may_move_tokens():
     models.build(settings, spec=spec, num_outputs=5, train=False)  # random_ltd is not there
     with pytest.raises(StackError, match="evit gives as many tokens"):
         models.build(settings, spec=spec, num_outputs=5)
+
+
+def test_weights_that_depend_on_the_count_of_tokens_are_of_a_kind_each():
+    """Soft MoE has a slot a token or so: behind keep it has fewer, and weights of another shape."""
+    found = program("block(ffn=soft_moe(experts=4)) + keep(0.5) + block(ffn=soft_moe(experts=4))")
+    shapes = jax.eval_shape(found.init, jax.random.key(0))["blocks"]
+    assert shapes["soft_moe"]["router"]["mu"].shape == (1, 16, 4, 4)
+    assert shapes["soft_moe_2"]["router"]["mu"].shape == (1, 16, 4, 2)
+    assert shapes["attention"]["out"]["kernel"].shape[0] == 2
+
+
+def test_a_part_is_traced_once_whatever_stacks_it_stands_in(monkeypatch):
+    """A comparison and these tests build hundreds of programs."""
+    shapes_of.cache_clear()
+    program("block*2 + merge(2) + block*2")
+    traced = shapes_of.cache_info().misses
+    program("block + skip(keep=0.5)(block)*3 + block + merge(2)")
+    assert shapes_of.cache_info().misses == traced + 1  # skip
+    looked, found = [], Names.item
+    monkeypatch.setattr(Names, "item", lambda self, name: looked.append(name) or found(self, name))
+    program("block + (skip(keep=0.5)(block) + keep(0.9))*4")
+    assert looked == ["skip", "keep"]

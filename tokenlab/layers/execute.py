@@ -88,7 +88,7 @@ def run(
     """Run a program.
 
     Args:
-      program: from `tokenlab.layers.program.build`.
+      program: from `tokenlab.layers.build_program`.
       state: {"blocks": {kind: [n, ...]}, "items": {...}, "shared": {...}}, see `Program.init`.
       tokens: B sequences of `program.present` tokens.
       context: of this step.

@@ -25,15 +25,16 @@ from jax import Array
 
 from tokenlab.core.errors import ConfigError, ShapeError, StackError, TokenLabError, suggest
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import generation, program
+from tokenlab.layers import generation
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
+from tokenlab.layers.build_program import build_program
 from tokenlab.layers.context import Context
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.layers.norm import NormPlacement
 from tokenlab.layers.output import Output
-from tokenlab.layers.program import BlockStep, ItemStep
+from tokenlab.layers.program import BlockStep, ItemStep, Program, Step
 from tokenlab.layers.vocabulary import LMHead, TokenEmbed
 from tokenlab.models import Names
 from tokenlab.models.trunk import Execution, Remat, Trunk
@@ -215,11 +216,11 @@ class DecoderLM(Trunk):
         s = self.settings
         return LMHead(self.num_outputs, self.rows, s.tied, s.norm, s.norm_eps, self.dtype)
 
-    def make_program(self) -> program.Program:
+    def make_program(self) -> Program:
         """The stack, worked out for sequences of N tokens."""
         return self._program(self.length, None)
 
-    def _program(self, tokens: int, rows: int | None) -> program.Program:
+    def _program(self, tokens: int, rows: int | None) -> Program:
         s = self.settings
         width, depth, hidden, heads, groups, head = s.dims()
         attention = Attention(
@@ -246,7 +247,7 @@ class DecoderLM(Trunk):
         )
         # An ungated layer of 3/2 F has as many weights as the gated one of F.
         defaults = FFNDefaults(round(hidden * 1.5), "gelu_tanh", self.dtype, gated=hidden)
-        return program.build(
+        return build_program(
             self.parsed(depth),
             Names(),
             block=block,
@@ -367,9 +368,7 @@ class DecoderLM(Trunk):
         return Generation(self, prompt, new, self._program(prompt, prompt + new))
 
 
-def _with_sifting(
-    steps: Iterable[program.Step], sifted: str | None = None
-) -> Iterator[tuple[program.Step, str | None]]:
+def _with_sifting(steps: Iterable[Step], sifted: str | None = None) -> Iterator[tuple[Step, str | None]]:
     """Every block and item, and the name of a wrapper around it whose `item.sifts`; None without one."""
     for step in steps:
         yield step, sifted
@@ -417,7 +416,7 @@ class Generation:
     model: DecoderLM
     prompt: int
     new: int
-    program: program.Program
+    program: Program
 
     def prepare(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The weights as the other functions read them; once before the first token."""

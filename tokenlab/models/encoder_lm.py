@@ -25,16 +25,16 @@ from jax import Array
 
 from tokenlab.core.errors import ConfigError, ShapeError, suggest
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import program
 from tokenlab.layers.activation import activation
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block, dropout
+from tokenlab.layers.build_program import build_program
 from tokenlab.layers.context import Context
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.norm import NORMS, NormPlacement
 from tokenlab.layers.output import Output
-from tokenlab.layers.program import ItemStep
+from tokenlab.layers.program import ItemStep, Program
 from tokenlab.layers.statistics import Vocabulary
 from tokenlab.layers.vocabulary import EncoderEmbed, MaskedLMHead, PooledHead
 from tokenlab.models import Names
@@ -216,7 +216,7 @@ class EncoderLM(Trunk):
         """What scores that rank by ids know of them."""
         return Vocabulary(self.vocab_size, self.settings.always_kept, self.settings.first_dropped)
 
-    def make_program(self) -> program.Program:
+    def make_program(self) -> Program:
         """The stack, worked out for sequences of N tokens."""
         s = self.settings
         width, depth, hidden, heads = s.dims()
@@ -230,7 +230,7 @@ class EncoderLM(Trunk):
             norm_eps=s.norm_eps,
             norm_placement=s.norm_placement,
         )
-        return program.build(
+        return build_program(
             self.parsed(depth),
             Names(),
             block=block,

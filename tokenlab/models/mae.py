@@ -31,15 +31,17 @@ from tokenlab.core.errors import ConfigError, ShapeError, TokenLabError
 from tokenlab.core.stack import parse
 from tokenlab.core.tokens import Tokens
 from tokenlab.cost.table import RowInfo
-from tokenlab.layers import execute, program
+from tokenlab.layers import execute
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
+from tokenlab.layers.build_program import build_program
 from tokenlab.layers.context import Context
 from tokenlab.layers.embed import Position
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.norm import LayerNorm
 from tokenlab.layers.output import Output
+from tokenlab.layers.program import Program
 from tokenlab.models import Names, vit
 from tokenlab.models.state import flat
 from tokenlab.models.trunk import Execution, Remat
@@ -201,14 +203,14 @@ class MAE(ViT):
         return ViT(self.settings, self.image, 1, self.stack_vars, self.train)
 
     @cached_property
-    def decoder(self) -> program.Program:
+    def decoder(self) -> Program:
         """The decoder's blocks, on all patches and the special tokens."""
         s = self.settings
         width, depth, heads = s.decoder_dims()
         ffn = MLP(MLP_RATIO * width, s.activation, self.dtype)
         attention = Attention(num_heads=heads, dtype=self.dtype, implementation=s.attention)
         special = self.embed.special
-        return program.build(
+        return build_program(
             parse(f"block*{depth}"),
             Names(),
             block=Block(attention=attention, ffn=ffn, dtype=self.dtype, norm_eps=s.norm_eps),

@@ -14,9 +14,9 @@ from jax import Array
 from tokenlab.core.errors import StackError, TokenLabError
 from tokenlab.core.stack import Stack, parse
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import execute, program
+from tokenlab.layers import execute
 from tokenlab.layers.context import Aux, Context
-from tokenlab.layers.program import ItemStep
+from tokenlab.layers.program import BlockStep, ItemStep, Program
 from tokenlab.layers.statistics import STATISTICS, Statistic, Vocabulary
 
 Execution = Literal["auto", "scan", "unroll"]
@@ -58,7 +58,7 @@ class Trunk:
 
     # ------------------------------------------------------------------------------------------ what a model defines
 
-    def make_program(self) -> program.Program:
+    def make_program(self) -> Program:
         """The stack, worked out for the examples the model was built for."""
         raise TypeError(f"{type(self).__name__} does not define make_program.")
 
@@ -73,7 +73,7 @@ class Trunk:
     # ------------------------------------------------------------------------------------------ the stack
 
     @cached_property
-    def program(self) -> program.Program:
+    def program(self) -> Program:
         """The stack, worked out for the examples the model was built for."""
         found = self.make_program()
         self._statistics_of(found)  # so that a score which does not fit the model is said at once
@@ -84,7 +84,7 @@ class Trunk:
         """What the stack's scores want to know of the ids of tokens, by name; see `tokenlab.layers.statistics`."""
         return self._statistics_of(self.program)
 
-    def _statistics_of(self, program: program.Program) -> dict[str, Statistic]:
+    def _statistics_of(self, program: Program) -> dict[str, Statistic]:
         found: dict[str, Statistic] = {}
         for step in program.flat():
             if not isinstance(step, ItemStep) or not step.active:
@@ -110,9 +110,7 @@ class Trunk:
     @property
     def by_modality(self) -> bool:
         """Whether a block of the stack must be told what tokens stand for."""
-        return any(
-            isinstance(step, program.BlockStep) and step.block.by_modality for step in self.program.flat()
-        )
+        return any(isinstance(step, BlockStep) and step.block.by_modality for step in self.program.flat())
 
     @property
     def dtype(self) -> Any:

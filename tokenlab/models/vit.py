@@ -21,16 +21,17 @@ from jax import Array
 
 from tokenlab.core.errors import ConfigError, ShapeError, StackError, suggest
 from tokenlab.core.tokens import Tokens
-from tokenlab.layers import program
 from tokenlab.layers.activation import activation
 from tokenlab.layers.attention import Attention
 from tokenlab.layers.block import Block
+from tokenlab.layers.build_program import build_program
 from tokenlab.layers.context import Context
 from tokenlab.layers.embed import PatchEmbed
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.head import Head
 from tokenlab.layers.output import Output
+from tokenlab.layers.program import Program
 from tokenlab.models import Names
 from tokenlab.models.trunk import Execution, Remat, Trunk
 from tokenlab.sharding.constrain import constrain
@@ -216,7 +217,7 @@ class ViT(Trunk):
             self.num_outputs, self.settings.head, self.dtype, self.settings.norm_eps, self.settings.head_bias
         )
 
-    def make_program(self) -> program.Program:
+    def make_program(self) -> Program:
         """The stack, worked out for these images."""
         s = self.settings
         width, depth, hidden, heads, _ = s.dims()
@@ -237,7 +238,7 @@ class ViT(Trunk):
             dtype=self.dtype,
             norm_eps=s.norm_eps,
         )
-        return program.build(
+        return build_program(
             self.parsed(depth),
             Names(),
             block=block,

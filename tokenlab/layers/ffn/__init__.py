@@ -2,7 +2,8 @@
 
 A file offers `ffn(defaults, **arguments) -> nn.Module`; the module maps [B, N, D] to [B, N, D], or to a pair of that
 and an `Aux` of losses and metrics. It is called as `module(x, valid=..., train=...)`, and
-with `modality=...` too where it says `by_modality`.
+with `modality=...` too where it says `by_modality`. One that says `tokenwise` has the same weights however many tokens
+there are, so that they need not be worked out for every count.
 """
 
 from __future__ import annotations

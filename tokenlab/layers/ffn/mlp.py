@@ -31,6 +31,7 @@ class MLP(nn.Module):
     dtype: Any = jnp.float32
     kernel_std: float | None = None
 
+    tokenwise: ClassVar[bool] = True
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "up/kernel": ("embed", "mlp"),
         "up/bias": ("mlp",),

@@ -25,6 +25,7 @@ class SwiGLU(nn.Module):
     hidden: int
     dtype: Any = jnp.float32
 
+    tokenwise: ClassVar[bool] = True
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "gate/kernel": ("embed", "mlp"),
         "up/kernel": ("embed", "mlp"),
