@@ -185,6 +185,15 @@ def test_quality_is_measured_alike(tmp_path: Path, changes: dict[str, Any]) -> N
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_further_metrics_are_known_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'acuracy', which evaluations of arm 'dense'.*'accuracy'"
+    ) as caught:
+        command.run(small(also={"acuracy": "max"}), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    resolve(small(also={"accuracy": "max"}), tmp_path)
+
+
 def test_training_and_the_stack_of_evaluation_may_differ(tmp_path: Path) -> None:
     config = small()
     config.base.steps = 600

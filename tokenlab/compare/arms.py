@@ -18,7 +18,7 @@ from tokenlab import data
 from tokenlab.compare import budget
 from tokenlab.compare.config import CompareConfig, changes_of
 from tokenlab.core.config import diff, flatten, override, to_json
-from tokenlab.core.errors import ConfigError, DataError, TokenLabError
+from tokenlab.core.errors import ConfigError, DataError, TokenLabError, suggest
 from tokenlab.cost import Cost
 from tokenlab.train import experiment as experiments
 from tokenlab.train.experiment import Experiment
@@ -125,6 +125,9 @@ def resolve(config: CompareConfig, folder: Path, *, measure: bool = True) -> tup
             arms[arm.name] = replace(arm, costs=costs.setdefault(arm.hash, {}))
     _distinct(arms)
     _measured_alike(arms, config.baseline)
+    if config.also:
+        for arm in arms.values():
+            _gives(arm, config.also)
     asked = _asked(config, arms)
     plans = _read(folder / PLAN)
     found = next(
@@ -179,6 +182,17 @@ def _measured_alike(arms: Mapping[str, Arm], baseline: str) -> None:
             raise ConfigError(
                 f"arm {name!r} differs from {baseline!r} in {changes[0]}: expected the same in all arms, as quality is "
                 "measured by it; set it in config.base."
+            )
+
+
+def _gives(arm: Arm, also: Mapping[str, str]) -> None:
+    """Evaluations of an arm have the metrics that the report is to have tables of."""
+    known = arm.experiment.evaluated(arm.steps)
+    for metric in also:
+        if metric not in known:
+            raise ConfigError(
+                f"config.also has the metric {metric!r}, which evaluations of arm {arm.name!r} do not give: expected "
+                f"some of {', '.join(known)}.{suggest(metric, known)}"
             )
 
 

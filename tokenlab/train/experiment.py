@@ -257,6 +257,19 @@ class Experiment:
             self._evaluators[model] = Evaluator(model, self.task, self.mesh, places)
         return self._evaluators[model](params, self.source, split, self.config.eval.batch_size)
 
+    def evaluated(self, at: int) -> tuple[str, ...]:
+        """Names of the metrics of an evaluation after `at` steps, sorted, those that the task derives among them.
+
+        Nothing is computed. A metric that has no weight in a whole split is left out of that evaluation.
+        """
+        model = self.eval_model(at)
+        batch = costs.batch_shapes(self.source.spec, self.config.eval.batch_size)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        function = partial(self.task.loss, model, train=False)
+        _, found = jax.eval_shape(lambda p, b, k: function(p, b, rng=k), model.abstract_state(), batch, key)
+        derived = getattr(self.task, "derived", lambda means: {})
+        return tuple(sorted({*found, *derived(dict.fromkeys(found, 1.0))}))
+
     def step_cost(self, at: int) -> flops.Cost:
         """Counted cost of one train step: loss and gradients of one batch, without the optimizer."""
         name = self.values(at)
