@@ -12,6 +12,7 @@ import pytest
 from tests import encoders
 from tokenlab.core.errors import ConfigError
 from tokenlab.tasks import build, masked_lm
+from tokenlab.train import step
 
 B, N, V = 6, 24, encoders.VOCABULARY
 BATCH = encoders.batch(B, N)
@@ -126,3 +127,22 @@ def test_other_data_is_refused():
     source = SimpleNamespace(name="tiny", spec={"ids": 0, "target": 0}, vocab_size=9)
     with pytest.raises(ConfigError, match="config.data.encoder=True"):
         task().num_outputs(source)
+
+
+@pytest.mark.parametrize("name", ["masked_lm", "sctd"])
+def test_a_head_that_guesses_nothing_is_refused_when_a_run_is_built(name):
+    made = build({"name": name})
+    model = encoders.build("block", head="classify", vocab_size=V, outputs=2, train=True)
+    with pytest.raises(
+        ConfigError, match=r"the 4 hidden places.*\[6, 4, V\], and the model gives \[6, 2\].*'masked_lm'"
+    ):
+        step.metric_names(model, made, model.abstract_state(), BATCH)
+
+
+def test_a_head_that_guesses_tokens_does_not_classify():
+    model = encoders.build("block", outputs=2, train=True)
+    given = {**BATCH, "label": np.zeros(B, np.int32)}
+    with pytest.raises(
+        ConfigError, match=r"\[6, classes\], and the model gives \[6, 24, 2\].*config.model.head='classify'"
+    ):
+        step.metric_names(model, build({"name": "classify"}), model.abstract_state(), given)

@@ -72,6 +72,8 @@ class Classify:
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         """Mean loss over the unmasked rows plus the model's own losses; see `tokenlab.tasks.Task`.
 
+        Raises ConfigError, when a run is built, for a model whose logits are not of examples.
+
         At evaluation, with more than 5 classes, the metrics have "top5_accuracy" too. A tie across the fifth place
         counts as the share of the orders of the tied classes that put the label in.
         """
@@ -83,6 +85,12 @@ class Classify:
             batch = {**batch, "image": image}
         output = model.apply(params, batch, train=train, rng=rng)
         logits = output.logits.astype(jnp.float32)
+        if logits.ndim != 2:
+            raise ConfigError(
+                f"classify asks for logits of each example, [{len(label)}, classes], and the model gives "
+                f"{list(logits.shape)}: expected another config.model, or a head that classifies, such as "
+                "config.model.head='classify' of encoder_lm."
+            )
         target = jnp.asarray(label[:, None] == jnp.arange(logits.shape[-1]), jnp.float32)
         if train and self.settings.label_smoothing:
             target = optax.smooth_labels(target, self.settings.label_smoothing)

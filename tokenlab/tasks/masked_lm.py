@@ -137,7 +137,17 @@ def judged(output: Any, batch: Mapping[str, Array]) -> Guessed:
     Args:
       output: of the model, for the batch: logits [B, K, V] and their places [B, K], -1 for tokens that are gone.
       batch: as `hidden` gives it, with "mask" [B].
+
+    Raises:
+      ConfigError: the model gives other logits, which is said when a run is built.
     """
+    logits, wanted = output.logits.shape, batch["label"].shape
+    if output.places is None or logits[:2] != wanted:
+        raise ConfigError(
+            f"the task asks for logits of the {wanted[1]} hidden places of each example, [{wanted[0]}, {wanted[1]}, V],"
+            f" and the model gives {list(logits)}: expected config.model.name='encoder_lm' with "
+            "config.model.head='masked_lm'."
+        )
     weight = batch["weight"] * batch["mask"][:, None] * (output.places >= 0)
     total, own, likeliest = scored(output.logits.astype(jnp.float32), batch["label"])
     hit = (likeliest == batch["label"]) * weight

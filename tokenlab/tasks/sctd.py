@@ -71,15 +71,15 @@ class SctdTask(MaskedLM):
         batch = self.hidden(model, batch, rng=rng, train=train)
         align = train and any(isinstance(item, Sctd) and item.align for item in _items(model))
         last = model.program.depth - 1
-        entering = (last,) if align else ()
-        output = model.apply(params, batch, train=train, rng=rng, entering=entering)
+        asked = {"train": True, "entering": (last,)} if align else {"train": train}
+        output = model.apply(params, batch, rng=rng, **asked)
         found = judged(output, batch)
         metrics = metrics_of(found, batch)
         sparse, dense = _path(output, found.nats), None
         none = (jnp.zeros(()), jnp.zeros(()))
         if align:
             other = jax.random.fold_in(rng, name_seed("sctd"))  # draws of its own
-            whole = model.rebuilt(train=False).apply(params, batch, train=True, rng=other, entering=entering)
+            whole = model.rebuilt(train=False).apply(params, batch, rng=other, **asked)
             guessed = judged(whole, batch)
             dense = _path(whole, guessed.nats)
             metrics["dense_loss"] = (dense.nats, jnp.sum(guessed.weight))
