@@ -73,6 +73,8 @@ def test_a_long_ramp_is_halved_not_walked() -> None:
         (dict(first=0.1, last=0.5, multiple=2), "between counts"),
         (dict(values=1), "1 values"),
         (dict(shape="square"), "'square'"),
+        (dict(first=4, multiple=8), "begins at 4, which multiple=8 rounds down to 0"),
+        (dict(first=7, last=9, multiple=8, values=2), "at least 8, or 0"),
     ],
 )
 def test_wrong_ramps(arguments: dict, part: str) -> None:

@@ -146,3 +146,22 @@ def test_a_head_that_guesses_tokens_does_not_classify():
         ConfigError, match=r"\[6, classes\], and the model gives \[6, 24, 2\].*config.model.head='classify'"
     ):
         step.metric_names(model, build({"name": "classify"}), model.abstract_state(), given)
+
+
+def test_accumulated_microbatches_are_the_mean_over_all_that_is_hidden(monkeypatch):
+    """Rows hide from 0 to 7 tokens here, the same in whole batches as in microbatches, one of which hides none."""
+    fixed = masked_lm.row_keys
+    monkeypatch.setattr(masked_lm, "row_keys", lambda batch, rng, *, train: fixed(batch, rng, train=False))
+    free = np.array([0, 5, 0, 0, 0, 23])[:, None] >= np.arange(N)
+    given = {**BATCH, "word": BATCH["word"] * free}
+    model, made = encoders.build("block", train=True), task(ratio=0.3)
+    state, key = encoders.weights(model), jax.random.key(0)
+    whole, metrics, gradients = jax.jit(
+        lambda state, batch: step.loss_and_gradients(model, made, state, batch, key)
+    )(state, given)
+    parts, parted, accumulated = jax.jit(
+        lambda state, batch: step.accumulated(model, made, state, batch, key, 3, lambda tree: tree)
+    )(state, given)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    np.testing.assert_array_equal(parted["loss"][1], metrics["loss"][1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), accumulated, gradients)

@@ -11,7 +11,7 @@ import pytest
 from ml_collections.config_dict import ConfigDict
 
 from tokenlab.core.config import override
-from tokenlab.core.errors import ConfigError, TokenLabError
+from tokenlab.core.errors import ConfigError, StackError, TokenLabError
 from tokenlab.train import experiment, loop, state
 from tokenlab.train import step as steps
 from tokenlab.train.config import default_config
@@ -130,6 +130,12 @@ def test_a_run_of_the_real_model_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
         ({"eval.stack": "keep(0.5, by=clss) + block"}, TokenLabError, ["clss", "cls"]),
         ({"stack_vars.k": "0:0.5, 5:1.5"}, TokenLabError, ["1.5"]),
         ({"stack_vars.m": 1}, TokenLabError, ["m"]),
+        (
+            {"stack_vars.k": "linear(0, 4, values=2)"},
+            StackError,
+            ["with k=0 of config.stack_vars", "the count 0; a count must lie in 1..4"],
+        ),
+        ({"stack_vars.k": "linear(3, 16, multiple=8)"}, ConfigError, ["config.stack_vars.k", "down to 0"]),
         ({"model.size": "nano/3"}, TokenLabError, ["patch 3"]),
         ({"model.sizee": "nano/4"}, ConfigError, ["sizee", "size"]),
         ({"model.name": "vitt"}, TokenLabError, ["vitt", "vit"]),

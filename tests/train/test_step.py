@@ -115,6 +115,25 @@ def test_accumulating_equals_the_whole_batch(microbatches: int) -> None:
     np.testing.assert_allclose(report.loss, part_report.loss, rtol=1e-6)
 
 
+@pytest.mark.parametrize("there", [0, 5])
+def test_microbatches_without_weight_count_nothing(there: int) -> None:
+    """Of a batch, or of some of its microbatches, not one row may count; the others are the mean as ever."""
+    given = some_batch()
+    given["mask"][:] = np.arange(ROWS) % 4 == 1  # microbatch 1 of 4 has all that counts
+    given["mask"][there:] = 0
+    found = {}
+    for microbatches in (1, 4):
+        step, state, _ = setup(accumulate=microbatches)
+        before = copied(state.params)
+        state, report = step(state, given)
+        assert int(state.health.step) == -1
+        found[microbatches] = float(report.loss), copied(state.params)
+    assert_close(found[4], found[1])
+    if not there:
+        assert found[4][0] == 0
+        assert_equal(found[4][1], before)
+
+
 def test_microbatches_draw_different_numbers() -> None:
     class Draws(Classify):
         def loss(self, model: Linear, params: Any, batch: Any, *, rng: Array, train: bool) -> Any:

@@ -27,7 +27,8 @@ class Ramp:
     Between two ints the line is rounded towards `first`, first to a whole number and then to a multiple of `multiple`
     (down where it rises, up where it falls), and kept from passing `last`. So do DeepSpeed's "fixed_linear" schedules
     of random-LTD (arXiv 2211.11586), in the integer arithmetic that is exact; two things follow, in both. A `first`
-    that is no multiple is rounded too, and lies below itself. A `last` that is no multiple is reached a little after
+    that is no multiple is rounded too, and lies below itself (where it
+    would become 0, it is an error). A `last` that is no multiple is reached a little after
     `until`, when the line, which goes on, has passed the next multiple.
 
     With `values` there are only so many, evenly spaced from `first` to `last` (rounded to a multiple as the line is),
@@ -63,6 +64,11 @@ class Ramp:
             )
         if self.multiple < 1 or (self.multiple > 1 and not isinstance(self.first, int)):
             raise ConfigError(f"its multiple is {self.multiple}: expected an int >= 1, between counts.")
+        if isinstance(self.first, int) and 0 < self.first < min(self.multiple, self.last):
+            raise ConfigError(
+                f"it begins at {self.first}, which multiple={self.multiple} rounds down to 0: expected a first value "
+                f"of at least {self.multiple}, or 0 where that is meant."
+            )
         if self.values is not None and self.values < 2:
             raise ConfigError(f"it has {self.values} values: expected at least 2.")
 

@@ -19,7 +19,7 @@ from ml_collections.config_dict import ConfigDict
 
 from tokenlab import data, models, tasks
 from tokenlab.core.config import to_dataclass
-from tokenlab.core.errors import ConfigError
+from tokenlab.core.errors import ConfigError, StackError
 from tokenlab.core.stack import parse
 from tokenlab.cost import flops
 from tokenlab.layers.program import BlockStep, steps_of
@@ -385,7 +385,14 @@ def _stream(config: TrainConfig, source: data.Dataset) -> data.TrainStream:
 
 def _model(config: TrainConfig, task: Any, source: data.Source, values: Mapping[str, int | float]) -> Any:
     outputs = task.num_outputs(source)
-    return models.build(config.model, spec=source.spec, num_outputs=outputs, stack_vars=values, train=True)
+    try:
+        return models.build(
+            config.model, spec=source.spec, num_outputs=outputs, stack_vars=values, train=True
+        )
+    except StackError as error:
+        if not values:
+            raise
+        raise StackError(f"with {schedule.values_key(values)} of config.stack_vars: {error}") from None
 
 
 def _metric_names(built: Mapping[str, Any], task: Any, batch: Mapping[str, Any]) -> tuple[str, ...]:

@@ -74,8 +74,8 @@ def accumulated(
     """`loss_and_gradients`, one microbatch after the other, at the memory of one microbatch.
 
     With w_i the weight of metric "loss" in microbatch i, loss and gradients are sum_i w_i (.)_i / sum_i w_i, so a
-    loss that is a weighted mean over the batch comes out as on the whole batch. Random choices differ: microbatch i
-    draws from fold_in(rng, i).
+    loss that is a weighted mean over the batch comes out as on the whole batch. Where nothing of the batch has weight,
+    loss and gradients are 0. Random choices differ: microbatch i draws from fold_in(rng, i).
 
     Args:
         microbatches: A >= 2; it divides B. Microbatch i holds rows i, i + A, i + 2A, ..., which leaves each row on
@@ -109,6 +109,7 @@ def accumulated(
         add, (loss, pin(gradients), metrics), (jnp.arange(microbatches), parts)
     )
     weight = metrics["loss"][1]
+    weight = jnp.where(weight > 0, weight, 1.0)  # without any, what is divided is 0
     return loss / weight, metrics, jax.tree.map(lambda leaf: leaf / weight, gradients)
 
 

@@ -334,6 +334,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         lambda: linear_keep_schedule(0, k_min=5, k_max=4, require_steps=2),
         lambda: linear_keep_schedule(0, k_min=1, k_max=4, require_steps=2, multiple=0),
         lambda: linear_keep_schedule(0, k_min=1, k_max=4, require_steps=0),
+        lambda: linear_keep_schedule(0, k_min=7, k_max=64, require_steps=9, multiple=8),
         lambda: bucketed(lambda step: 4, 1, k_min=1, k_max=4),
         lambda: bucketed(lambda step: 4, 2, k_min=4, k_max=4),
         lambda: ltd_layers(2),

@@ -145,7 +145,7 @@ def linear_keep_schedule(step: int, *, k_min: int, k_max: int, require_steps: in
       step: steps already done, >= 0.
       k_min, k_max: 1 <= K_min < K_max; K_min = K_max is the constant.
       require_steps: T >= 1.
-      multiple: q >= 1.
+      multiple: q >= 1, and at most K_min where K_min < K_max: no step may have 0 tokens.
 
     Raises:
       ConfigError: an argument out of range.
@@ -159,6 +159,11 @@ def linear_keep_schedule(step: int, *, k_min: int, k_max: int, require_steps: in
         )
     if k_min == k_max:
         return k_max
+    if k_min < multiple:
+        raise ConfigError(
+            f"random-LTD: k_min is {k_min}, which multiple {multiple} rounds down to 0 tokens: expected at least "
+            f"{multiple}."
+        )
     return Ramp(k_min, k_max, 0, require_steps, multiple=multiple).at(step)
 
 
