@@ -34,5 +34,6 @@ def batch(rows: int, length: int = 24, seed: int = 0, *, full: bool = False) -> 
         "bytes": np.where(word > 0, 1 + ids % 3, 0).astype(np.float32),
         "length": lengths.astype(np.int32),
         "mask_id": np.full(rows, MASK, np.int32),
+        "special_ids": np.tile(np.array([1, 0, MASK], np.int32), (rows, 1)),
         "mask": np.ones(rows, np.float32),
     }

@@ -110,22 +110,34 @@ def test_lengths_of_spans_are_geometric_and_cut_off():
     assert (np.asarray(hide.span_lengths(jax.random.key(1), (9,), p=1.0, longest=10)) == 1).all()
 
 
-def test_what_is_seen_is_the_mask_any_token_or_the_token_itself(found):
-    ids = np.random.default_rng(3).integers(0, MASK, WORD.shape).astype(np.int32)
+def test_what_is_seen_is_the_mask_any_text_or_the_token_itself(found):
+    special = jnp.array([MASK, 0, 7, 8], jnp.int32)  # in any order
+    text = np.setdiff1d(np.arange(V), special)
+    ids = np.random.default_rng(3).choice(text, WORD.shape).astype(np.int32)
     one = found[0]["tokens"]
 
     def row(key, ids, hidden, draw):
-        return hide.seen(key, ids, hide.Hidden(hidden, draw), MASK, V, mask=0.8, random=0.1)
+        given = hide.Hidden(hidden, draw)
+        return hide.seen(key, ids, given, MASK, V, mask=0.5, random=0.4, special=special)
 
     seen = np.asarray(jax.jit(jax.vmap(row))(KEYS, ids, one.hidden, one.draw))
     assert (seen[~one.hidden] == ids[~one.hidden]).all()
     at = one.hidden
     masked, same = seen[at] == MASK, seen[at] == ids[at]
-    deviation = (0.8 * 0.2 / at.sum()) ** 0.5
-    assert abs(masked.mean() - 0.8 - 0.1 / V) < 4 * deviation
-    assert abs(same.mean() - 0.1 - 0.1 / V) < 4 * deviation
+    deviation = (0.5 * 0.5 / at.sum()) ** 0.5
+    assert abs(masked.mean() - 0.5) < 4 * deviation
+    assert abs(same.mean() - 0.1 - 0.4 / len(text)) < 4 * deviation
     others = seen[at][~masked & ~same]
-    assert others.min() >= 0 and others.max() < V and len(np.unique(others)) > V / 2
+    np.testing.assert_array_equal(np.unique(others), text)
+    counts = np.bincount(others, minlength=V)[text]
+    assert counts.max() < 2 * counts.mean() and counts.min() > counts.mean() / 2
+
+
+def test_spans_end_before_what_is_never_hidden(found):
+    """Place 20 is a separator: the draw of a span tells whether words on both sides are of one."""
+    spans = found[0]["spans"]
+    beside = spans.hidden[:, 19] & spans.hidden[:, 21]
+    assert beside.sum() > 5 and not (spans.draw[:, 19] == spans.draw[:, 21])[beside].any()
 
 
 def test_places_are_ascending_and_filled_up():

@@ -75,7 +75,8 @@ def hide_words(key: Array, word: Array, amount: Array) -> Hidden:
 def hide_spans(key: Array, word: Array, amount: Array, *, p: float, longest: int, attempts: int) -> Hidden:
     """Spans of whole words, of a length from `span_lengths`, anywhere in the row, until `amount` tokens are hidden.
 
-    A span that would cover what is hidden already is passed over; one that no longer fits is cut between words.
+    A span that would cover what is hidden already is passed over; one that no longer fits is cut between words. None
+    goes on behind a token that is never hidden, such as the separator of two documents or texts.
 
     Args:
       key, word, amount: as of `hide_tokens`.
@@ -88,6 +89,7 @@ def hide_spans(key: Array, word: Array, amount: Array, *, p: float, longest: int
     begin = 1 + (jax.random.uniform(starts, (attempts,)) * jnp.max(word)).astype(jnp.int32)
     length = span_lengths(lengths, (attempts,), p=p, longest=longest)
     ends = jnp.cumsum(_sizes(word))  # [N + 1]: tokens of the words up to each
+    text = jnp.cumsum(word == 0)  # which run of words without a gap each token is of
 
     def step(
         carry: tuple[Array, Array], span: tuple[Array, Array, Array]
@@ -95,6 +97,7 @@ def hide_spans(key: Array, word: Array, amount: Array, *, p: float, longest: int
         draw, used = carry
         first, count, number = span
         inside = (word >= first) & (word < first + count)
+        inside &= text == jnp.max(jnp.where(word == first, text, 0))
         fits = ends[word] - ends[first - 1] <= amount - used
         new = inside & fits & ~jnp.any((draw >= 0) & inside)
         return (jnp.where(new, number, draw), used + jnp.sum(new).astype(jnp.int32)), None
@@ -114,9 +117,20 @@ def span_lengths(key: Array, shape: tuple[int, ...], *, p: float, longest: int) 
 
 
 def seen(
-    key: Array, ids: Array, found: Hidden, mask_id: Array, rows: int, *, mask: float, random: float
+    key: Array,
+    ids: Array,
+    found: Hidden,
+    mask_id: Array,
+    rows: int,
+    *,
+    mask: float,
+    random: float,
+    special: Array | None = None,
 ) -> Array:
-    """What a model sees, [N] int32: in the place of a hidden token `mask_id`, any id of `rows`, or the token itself.
+    """What a model sees, [N] int32: in the place of a hidden token `mask_id`, a random id, or the token itself.
+
+    The random id is any of the vocabulary that stands for text, that of the token itself too, as in BERT. BERT also
+    draws special tokens, few of 30,522; of the 260 ids of bytes they are one in 65.
 
     Args:
       key: of this row.
@@ -125,8 +139,12 @@ def seen(
       mask_id: [] int32.
       rows: V; ids are in [0, V).
       mask, random: probabilities of the first and the second; the rest stays.
+      special: [S] int32, distinct ids that stand for no text, S < V; None for `mask_id` alone.
     """
-    other = jax.random.randint(key, ids.shape, 0, rows, jnp.int32)
+    left_out = jnp.sort(jnp.ravel(mask_id if special is None else special))
+    other = jax.random.randint(key, ids.shape, 0, rows - left_out.shape[0], jnp.int32)
+    for one in left_out:  # ascending, so that what remains is numbered from 0 without gaps
+        other += other >= one
     instead = jnp.where(found.draw < mask, mask_id, jnp.where(found.draw < mask + random, other, ids))
     return jnp.where(found.hidden, instead, ids)
 

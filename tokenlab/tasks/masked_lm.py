@@ -33,8 +33,9 @@ class MaskedLMConfig:
     Attributes:
       ratio: share of the tokens that is hidden, in (0, 1).
       hide: "tokens" one by one, "words" whole, or "spans" of whole words (SpanBERT); see `tokenlab.ops.hide`.
-      mask, random: in the place of a hidden token the model sees the mask with the first probability, any other token
-        with the second, and else the token itself; together at most 1 (0.8 and 0.1: Devlin et al. 2019).
+      mask, random: in the place of a hidden token the model sees the mask with the first probability, a random token
+        of the vocabulary that is no special one with the second, and else the token itself; together at most 1 (0.8
+        and 0.1: Devlin et al. 2019).
       span_p, span_longest: of "spans": their length in words is geometric with this p, in (0, 1], cut off at so many.
     """
 
@@ -69,7 +70,8 @@ def hidden(
     """The batch with tokens hidden.
 
     Args:
-      batch: "ids", "word" [B, N] int32 and "mask_id" [B] int32, and what else there is; see `EncoderRecords`.
+      batch: "ids", "word" [B, N], "mask_id" [B] and "special_ids" [B, S] int32, and what else there is; see
+        `tokenlab.data.text.source.TextSource`.
       keys: [B], typed: a row is hidden by its own.
       settings: how.
       vocab_size: V.
@@ -89,16 +91,18 @@ def hidden(
     }
     way = ways[settings.hide]
 
-    def row(key: Array, ids: Array, word: Array, mask_id: Array) -> tuple[Array, ...]:
+    def row(key: Array, ids: Array, word: Array, mask_id: Array, special: Array) -> tuple[Array, ...]:
         which, what = jax.random.split(key)
         found = way(which, word, hide.budget(word, settings.ratio, most))
-        shown = hide.seen(what, ids, found, mask_id, vocab_size, mask=settings.mask, random=settings.random)
+        shares = {"mask": settings.mask, "random": settings.random}
+        shown = hide.seen(what, ids, found, mask_id, vocab_size, special=special, **shares)
         places, there = hide.places_of(found.hidden, most)
         return shown, places, ids[places], there.astype(jnp.float32)
 
     with jax.named_scope("embed"):
         names = ("ids", "predict", "label", "weight")
-        made = jax.vmap(row)(keys, batch["ids"], batch["word"], batch["mask_id"])
+        read = (batch[name] for name in ("ids", "word", "mask_id", "special_ids"))
+        made = jax.vmap(row)(keys, *read)
     return {**batch, **dict(zip(names, made, strict=True))}
 
 
@@ -156,7 +160,7 @@ def judged(output: Any, batch: Mapping[str, Array]) -> Guessed:
 
 @dataclass(frozen=True)
 class MaskedLM:
-    """Reads "ids", "word" [B, N], "mask_id" [B] int32, "bytes" [B, N] float32 and "mask" [B] of a batch."""
+    """Reads "ids", "word" [B, N], "mask_id" [B], "special_ids" [B, S] int32, "bytes" [B, N] and "mask" [B] float32."""
 
     settings: MaskedLMConfig = MaskedLMConfig()
 
@@ -166,7 +170,7 @@ class MaskedLM:
 
     def num_outputs(self, source: Any) -> int:
         """Ids in the vocabulary. Raises ConfigError when the data is no text for an encoder."""
-        if "mask_id" not in source.spec or not getattr(source, "vocab_size", None):
+        if not {"mask_id", "special_ids"} <= set(source.spec) or not getattr(source, "vocab_size", None):
             raise ConfigError(
                 f"masked_lm needs text with a mask; data {source.name!r} has {', '.join(sorted(source.spec))}. Choose "
                 "data of text, such as config.data.name='shakespeare', and set config.data.encoder=True."

@@ -62,6 +62,7 @@ def test_rows_are_those_of_a_decoder_behind_cls(packing: str, isolate: bool) -> 
     assert {key: (leaf.shape[1:], leaf.dtype.name) for key, leaf in rows.items()} == dict(source.spec)
     pad, cls, sep, mask = source.tokenizer.specials
     assert (rows["ids"][:, 0] == cls).all() and (rows["mask_id"] == mask).all() and sep == plain.tokenizer.end
+    assert (rows["special_ids"] == np.array([pad, cls, sep, mask])).all()
     inside = other["segment"] > 0
     np.testing.assert_array_equal(rows["ids"][:, 1:], np.where(inside, other["ids"], pad))
     np.testing.assert_array_equal(rows["segment"][:, 1:], other["segment"])

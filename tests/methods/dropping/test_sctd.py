@@ -159,6 +159,7 @@ def test_only_steps_that_align_run_dense():
         "bytes": ((N,), "float32"),
         "length": ((), "int32"),
         "mask_id": ((), "int32"),
+        "special_ids": ((3,), "int32"),
     }
     task = SctdTask()
     costs = [train_cost(build(align=align), task, spec, B).model_flops for align in (0, 1)]

@@ -57,6 +57,7 @@ def encoder_spec(length: int) -> Spec:
         "segment": row,
         "position": row,
         "mask_id": number,
+        "special_ids": ((len(Specials._fields),), "int32"),
     }
 
 
@@ -90,4 +91,7 @@ def encoder_rows(
         )
         for key, (values, front) in leaves.items()
     }
-    return rows | {"mask_id": np.full(len(ids), specials.mask, np.int32)}
+    return rows | {
+        "mask_id": np.full(len(ids), specials.mask, np.int32),
+        "special_ids": np.tile(np.array(specials, np.int32), (len(ids), 1)),
+    }

@@ -97,6 +97,7 @@ class TextSource:
         segment   int32 [N]    as above; CLS is of the first document
         position  int32 [N]    as above, one more in the first document, which CLS begins
         mask_id   int32 []     the token that stands for a hidden one
+        special_ids int32 [4]  that, CLS, the end of a document, and padding
 
     The tokens of a split are kept once; examples are made when they are read.
 
