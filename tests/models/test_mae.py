@@ -68,6 +68,9 @@ def test_which_patches_are_seen_is_what_the_scores_say() -> None:
     """Numpy's own ranking of the same scores; K of N, ascending, another set in each example."""
     model, output = drawn()[0], ran()
     assert (model.patches, model.kept, model.tokens_per_example) == (16, 4, 5)
+    assert (
+        model.layer_tokens == model.dense_layer_tokens == 5 * model.program.depth + 17 * model.decoder.depth
+    )
     scores = np.asarray(select.random_scores(model_key(), BATCH, 1 + N))[:, 1:]
     expected = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :4], axis=1)
     np.testing.assert_array_equal(output.places, expected)

@@ -55,6 +55,9 @@ def test_shapes(output: str, channels: str) -> None:
     assert found.logits.shape == ((B, S, C) if output == "steps" else (B, CLASSES))
     assert found.features.shape == (B, 16) and model.tokens_per_example == 5
     assert found.tokens.shape == ((B * C if channels == "independent" else B), 5, 16)
+    assert (
+        model.layer_tokens == model.dense_layer_tokens == found.tokens.shape[0] // B * 5 * model.program.depth
+    )
     rules.shardings(model.abstract_state(), model.logical_axes(), make_mesh())
 
 

@@ -171,7 +171,10 @@ def _record(
         "realised_high": None if saved is None else saved.high,
         "step_seconds": step_seconds,
         "step_seconds_quartiles": [float(q) for q in np.quantile(samples, (0.25, 0.75))],
-        "tokens_per_second": setting.batch_size * arm.model.tokens_per_example / step_seconds,
+        "tokens_per_second": setting.batch_size
+        * arm.model.tokens_per_example
+        * arm.model.sequences
+        / step_seconds,
         "flops_per_second": rate,
         "mfu": rate / (chips * peaks.flops),
         "mfu_datasheet": _of_datasheet(rate / devices, setting.model.get("dtype", "float32")),

@@ -186,6 +186,16 @@ class MAE(ViT):
         return self.kept + self.embed.special
 
     @property
+    def layer_tokens(self) -> int:
+        """Tokens of one example that enter blocks, those of the decoder too."""
+        return super().layer_tokens + self.decoder.present * self.decoder.depth
+
+    @property
+    def dense_layer_tokens(self) -> int:
+        """The same of an encoder in which every token that enters stays."""
+        return super().dense_layer_tokens + self.decoder.present * self.decoder.depth
+
+    @property
     def dense_settings(self) -> dict[str, Any]:
         """Settings of the model that saves nothing, for benchmarks: every patch is seen."""
         return {"keep": 1.0}

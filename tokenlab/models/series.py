@@ -68,6 +68,11 @@ class Series(ViT):
         """Whether each channel is a sequence of its own."""
         return self.settings.channels == "independent"
 
+    @property
+    def sequences(self) -> int:
+        """C of independent channels, else 1."""
+        return self.series[1] if self.independent else 1
+
     def batch_spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what `apply` reads of a batch."""
         return {"series": jax.ShapeDtypeStruct((batch, *self.series), jnp.float32)}

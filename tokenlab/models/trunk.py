@@ -55,6 +55,8 @@ class Trunk:
     head: Any
     vocabulary: Vocabulary | None = None
     """Of models whose tokens carry their ids as `extra["ids"]` [B, N] into the stack."""
+    sequences: int = 1
+    """As how many sequences an example goes through the stack."""
 
     # ------------------------------------------------------------------------------------------ what a model defines
 
@@ -111,6 +113,17 @@ class Trunk:
     def by_modality(self) -> bool:
         """Whether a block of the stack must be told what tokens stand for."""
         return any(isinstance(step, BlockStep) and step.block.by_modality for step in self.program.flat())
+
+    @property
+    def layer_tokens(self) -> int:
+        """Tokens of one example that enter blocks in one run of the model, summed over blocks."""
+        blocks = (step for step in self.program.flat() if isinstance(step, BlockStep))
+        return self.sequences * sum(step.present for step in blocks)
+
+    @property
+    def dense_layer_tokens(self) -> int:
+        """The same of a stack of as many blocks in which every token stays."""
+        return self.sequences * self.program.present * self.program.depth
 
     @property
     def dtype(self) -> Any:

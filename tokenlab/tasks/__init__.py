@@ -24,7 +24,8 @@ class Task(Protocol):
 
     A task with metrics that are no means, such as perplexity, has `derived(means) -> dict`, which makes them of those
     that are. A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
-    `classifies` True too. Evaluation then tells of calibration and of each class.
+    `classifies` True too. Evaluation then tells of calibration and of each class. A task that runs the model more than
+    once in a training step has `layer_tokens(model) -> int`, tokens of one example that enter blocks in all of it.
     """
 
     primary: str

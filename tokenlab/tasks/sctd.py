@@ -58,6 +58,10 @@ class SctdTask(MaskedLM):
 
     settings: SctdConfig = SctdConfig()
 
+    def layer_tokens(self, model: Any) -> int:
+        """Of a step that aligns also those of the dense run; see `tokenlab.tasks.Task`."""
+        return model.layer_tokens + (model.rebuilt(train=False).layer_tokens if _aligns(model) else 0)
+
     def loss(
         self, model: Any, params: Any, batch: Mapping[str, Array], *, rng: Array, train: bool
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
@@ -69,7 +73,7 @@ class SctdTask(MaskedLM):
         """
         s = self.settings
         batch = self.hidden(model, batch, rng=rng, train=train)
-        align = train and any(isinstance(item, Sctd) and item.align for item in _items(model))
+        align = train and _aligns(model)
         last = model.program.depth - 1
         asked = {"train": True, "entering": (last,)} if align else {"train": train}
         output = model.apply(params, batch, rng=rng, **asked)
@@ -109,6 +113,11 @@ class SctdTask(MaskedLM):
             metrics[name] = (more, jnp.float32(1))
         metrics.update(output.aux.metrics)
         return value, metrics
+
+
+def _aligns(model: Any) -> bool:
+    """Whether a step with this model also runs dense."""
+    return any(isinstance(item, Sctd) and item.align for item in _items(model))
 
 
 def _items(model: Any) -> list[Any]:

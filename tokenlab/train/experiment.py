@@ -306,7 +306,7 @@ class Experiment:
         steps = self.config.steps
         if not (whole := self.layer_tokens(steps)):
             return {}
-        dense = self.config.batch_size * self.model.program.present * self.model.program.depth * steps
+        dense = self.config.batch_size * self.model.dense_layer_tokens * steps
         found = {"layer_tokens": whole, "layer_tokens_dense": dense}
         if self.stack_vars.pieces:
             counts = self.stack_vars.counts(steps)
@@ -315,7 +315,7 @@ class Experiment:
 
     def layer_tokens_per_step(self, at: int) -> int:
         """Tokens that enter blocks in train step `at`, summed over blocks and examples."""
-        return self.config.batch_size * token_clock.tokens_in_layers(self.models[self.values(at)])
+        return self.config.batch_size * token_clock.tokens_in_layers(self.models[self.values(at)], self.task)
 
     def layer_tokens(self, steps: int) -> int:
         """The same of the first `steps` steps of the run together."""
@@ -325,7 +325,7 @@ class Experiment:
     @property
     def tokens_per_step(self) -> int:
         """Tokens that enter the model in one step."""
-        return self.config.batch_size * self.model.tokens_per_example
+        return self.config.batch_size * self.model.tokens_per_example * getattr(self.model, "sequences", 1)
 
 
 def build(
@@ -357,7 +357,7 @@ def build(
         for values in variables.distinct(config.steps)
     }
     if optimizer is None:
-        clock = token_clock.build(config.optimizer.schedule.clock, variables, built, config.steps)
+        clock = token_clock.build(config.optimizer.schedule.clock, variables, built, config.steps, task)
         optimizer = optimizers.build(config.optimizer, config.steps, clock)
     experiment = Experiment(config, source, stream, task, mesh, optimizer, variables, built, metric_names=())
     batch = experiment.batch_shapes

@@ -20,16 +20,22 @@ import numpy as np
 from jax import Array
 
 from tokenlab.core.errors import ConfigError
-from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.train.pieces import Every
 from tokenlab.train.schedule import StackVars, multiples, values_key
 
 CLOCKS = ("steps", "layer_tokens", "effective_tokens")
 
 
-def tokens_in_layers(model: Any) -> int:
-    """Tokens of one example that enter blocks in a step, summed over blocks; 0 for a model without a stack."""
-    return sum(step.present for step in steps_of(model) if isinstance(step, BlockStep))
+def tokens_in_layers(model: Any, task: Any = None) -> int:
+    """Tokens of one example that enter blocks in a step, summed over blocks; 0 for a model without a stack.
+
+    Args:
+        model: for training.
+        task: it may run the model more than once.
+    """
+    if model.program is None:
+        return 0
+    return task.layer_tokens(model) if hasattr(task, "layer_tokens") else model.layer_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +68,9 @@ class Clock:
         return jnp.asarray(self.before, jnp.float32)[place] + gone
 
 
-def build(name: str, variables: StackVars, models: Mapping[str, Any], steps: int) -> Clock | None:
+def build(
+    name: str, variables: StackVars, models: Mapping[str, Any], steps: int, task: Any = None
+) -> Clock | None:
     """The clock of a run.
 
     Args:
@@ -72,6 +80,7 @@ def build(name: str, variables: StackVars, models: Mapping[str, Any], steps: int
         variables: of the run.
         models: training model by `values_key`, for each set of values in `steps` steps.
         steps: of the run.
+        task: see `tokens_in_layers`.
 
     Raises:
         ConfigError: the model has no stack, so that no tokens enter layers.
@@ -84,13 +93,10 @@ def build(name: str, variables: StackVars, models: Mapping[str, Any], steps: int
             f"config.optimizer.schedule.clock is {name!r}, and this model has no stack whose tokens could be counted: "
             "expected 'steps'."
         )
-    dense = first.program.present * first.program.depth
-    rates = {key: tokens_in_layers(model) / dense for key, model in models.items()}
+    dense, depth = first.dense_layer_tokens, 1
     if name == "effective_tokens":
-        present = first.program.present
-        rates = {
-            key: tokens_in_layers(model) // model.program.depth / present for key, model in models.items()
-        }
+        depth = first.program.depth
+    rates = {key: tokens_in_layers(model, task) // depth / (dense / depth) for key, model in models.items()}
     starts = variables.changes(steps)
     before, strides, added = [], [], []
     total = 0.0

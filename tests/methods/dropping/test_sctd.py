@@ -15,9 +15,11 @@ from tokenlab.core.errors import ConfigError, ShapeError, StackError, TokenLabEr
 from tokenlab.methods.dropping.sctd import SctdPath, every, sctd_loss, semantic_consistency
 from tokenlab.tasks.masked_lm import MaskedLM
 from tokenlab.tasks.sctd import SctdConfig, SctdTask
-from tokenlab.train import default_config, experiment
+from tokenlab.train import default_config, experiment, token_clock
 from tokenlab.train.costs import train_cost
+from tokenlab.train.schedule import StackVars
 from tokenlab.train.step import metric_names
+from tokenlab.train.token_clock import tokens_in_layers
 
 N, B = 24, 4
 STACK = "block + sctd(keep={keep}, align={align})(block*2) + block"
@@ -149,6 +151,16 @@ def test_with_everything_kept_both_runs_are_one():
     np.testing.assert_allclose(metrics["dense_loss"][0], metrics["loss"][0], rtol=1e-6)
     length = encoders.batch(B, N)["length"].sum()
     np.testing.assert_allclose(value * length, metrics["loss"][0], rtol=1e-6)
+
+
+def test_layer_tokens_are_those_of_both_runs():
+    """The clock of the learning rate, records and budgets count what is computed."""
+    sparse, aligned = build(align=0), build(align=1)
+    dense = build(train=False).layer_tokens
+    assert tokens_in_layers(sparse, SctdTask()) == sparse.layer_tokens < dense == N * sparse.program.depth
+    assert tokens_in_layers(aligned, SctdTask()) == sparse.layer_tokens + dense
+    clock = token_clock.build("layer_tokens", StackVars(()), {"": aligned}, 8, SctdTask())
+    assert clock.total == pytest.approx(8 * (1 + sparse.layer_tokens / dense))
 
 
 def test_only_steps_that_align_run_dense():
