@@ -37,6 +37,7 @@ ORDER = (
     "bench",
     "interop",
     "cli",
+    "__main__",
 )
 NAMES = f"{PACKAGE}.core.names"
 LOOKUPS = ("find", "find_attr", "list_modules")

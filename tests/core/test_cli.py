@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import types
@@ -353,3 +354,14 @@ def test_as_a_program():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("tokenlab: error: train: --config=FILE[:ARG] is missing")
     assert done.stderr.count("\n") == 1
+
+
+def test_python_m_is_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # else it may begin anew
+    for word, status in (("--version", 0), ("trian", 2)):
+        monkeypatch.setattr(sys, "argv", ["tokenlab", word])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("tokenlab", run_name="__main__")
+        assert ended.value.code == status
+    told = capsys.readouterr()
+    assert told.out.startswith("tokenlab ") and "unknown command 'trian'" in told.err

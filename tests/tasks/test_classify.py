@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tokenlab.core.errors import ConfigError
-from tokenlab.tasks import build
+from tokenlab.tasks import build, examples_of
 from tokenlab.tasks.classify import ClassifyConfig
 
 
@@ -81,3 +81,12 @@ def test_the_sigmoid_loss_is_the_sum_of_binary_ones() -> None:
     target = np.eye(9)[np.asarray(batch()["label"])]
     each = np.log1p(np.exp(-logits)) * target + np.log1p(np.exp(logits)) * (1 - target)
     np.testing.assert_allclose(loss, each.sum(axis=1).mean(), rtol=1e-5)
+
+
+def test_examples_are_called_by_what_the_data_have() -> None:
+    """As progress and results say it: images/s of pictures alone."""
+    names = {"image": "images", "ids": "texts", "series": "windows", "sound": "examples"}
+    for key, name in names.items():
+        source = SimpleNamespace(spec={key: ((3,), "float32"), "label": ((), "int32")})
+        assert examples_of(build({"name": "classify"}), source) == name
+        assert examples_of(build({"name": "next_token"}), source) == "sequences"

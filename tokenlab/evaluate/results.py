@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokenlab import tasks
 from tokenlab.core.errors import ConfigError
 from tokenlab.evaluate import codes, metrics, predictions, probe
 from tokenlab.evaluate.predictions import Predictions
@@ -136,7 +137,7 @@ def _measured(trained: Trained, said: Predictions, split: str) -> Measured:
         **said.metrics,
         **({"stack": trained.model.stack_text} if program is not None else {}),
         "flops_per_example": forward_cost(trained.model, trained.task, trained.source.spec).model_flops,
-        f"{trained.task.examples}_per_second": said.examples_per_second,
+        f"{tasks.examples_of(trained.task, trained.source)}_per_second": said.examples_per_second,
         "tokens_per_example": trained.model.tokens_per_example,
         **({"tokens_out": program.after} if program is not None else {}),
         "examples": len(said),

@@ -13,6 +13,9 @@ from jax import Array
 from tokenlab.core import names
 from tokenlab.core.config import to_dataclass
 
+EXAMPLES: Mapping[str, str] = {"image": "images", "ids": "texts", "series": "windows"}
+"""A key of a batch that a model reads -> what an example is then called."""
+
 
 class Task(Protocol):
     """What the training loop knows of an objective.
@@ -20,7 +23,7 @@ class Task(Protocol):
     Attributes:
       primary: the metric by which checkpoints are compared.
       better: "max" or "min" of it.
-      examples: what an example is called, in the plural.
+      examples: what an example is called, in the plural; None where the data decide, see `examples_of`.
 
     A task with metrics that are no means, such as perplexity, has `derived(means) -> dict`, which makes them of those
     that are. A task whose logits [B, C] say which of the data's C classes an example is of, as its "label" does, has
@@ -30,7 +33,7 @@ class Task(Protocol):
 
     primary: str
     better: str
-    examples: str
+    examples: str | None
 
     def num_outputs(self, source: Any) -> int:
         """Logits the model must give for this data. Raises ConfigError when the data does not fit the task."""
@@ -39,6 +42,13 @@ class Task(Protocol):
         self, model: Any, params: Any, batch: Mapping[str, Array], *, rng: Array, train: bool
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         """Scalar float32 loss, and metrics as name -> (sum, weight), so that they add up over batches."""
+
+
+def examples_of(task: Task, source: Any) -> str:
+    """What an example is called, in the plural: as the task says, or else by what the data have."""
+    if task.examples is not None:
+        return task.examples
+    return next((name for key, name in EXAMPLES.items() if key in source.spec), "examples")
 
 
 def build(settings: Mapping[str, Any]) -> Task:

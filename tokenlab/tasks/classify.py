@@ -51,7 +51,7 @@ class Classify:
 
     primary: ClassVar[str] = "accuracy"
     better: ClassVar[str] = "max"
-    examples: ClassVar[str] = "images"
+    examples: ClassVar[str | None] = None
     classifies: ClassVar[bool] = True
 
     def num_outputs(self, source: Any) -> int:

@@ -22,6 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections.config_dict import ConfigDict
 
+from tokenlab import tasks
 from tokenlab.core.errors import ConfigError
 from tokenlab.train import compilation, initialize
 from tokenlab.train import experiment as experiments
@@ -101,7 +102,7 @@ def run(
             Progress(
                 experiment.config.steps,
                 batch_size=experiment.config.batch_size,
-                examples=experiment.task.examples,
+                examples=tasks.examples_of(experiment.task, experiment.source),
             )
         )
         interrupt = stack.enter_context(Interrupt())

@@ -158,6 +158,16 @@ def test_files_that_do_not_fit(tmp_path: Path, content: bytes, says: str) -> Non
         series_csv.read(str(tmp_path / "bad.csv"))
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n  \n", "\r\n\r\n"])
+def test_empty_lines_at_the_end_are_no_rows(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("date,a\nd0,1\nd1,2" + end, newline="")
+    np.testing.assert_array_equal(series_csv.read(str(path)).values, [[1], [2]])
+    path.write_text("date,a\nd0,1\n\nd1,2" + end, newline="")
+    with pytest.raises(DataError, match="line 3: 0 cells; expected 2"):
+        series_csv.read(str(path))
+
+
 def test_files_that_are_not_there_or_unlike(file: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'none.csv' cannot be read: .*No such file"):
         build("none.csv")

@@ -3,9 +3,9 @@
     config.data.files = ("ETTh1.csv.xz",)                    windows, and the `horizon` rows after each
     config.data.files = ("ETTh1.csv.xz", "ETTh2.csv.xz")     with horizon=0: windows, and which file each is from
 
-A file has a line of names and then a row a step, oldest first. Rows are split in their order: the first for training,
-the next for validation, the last for the test, so that nothing of the future is learned from. Every column is scaled by
-its mean and deviation over the training rows, of all files together.
+A file has a line of names and then a row a step, oldest first; empty lines at its end do not count. Rows are split in
+their order: the first for training, the next for validation, the last for the test, so that nothing of the future is
+learned from. Every column is scaled by its mean and deviation over the training rows, of all files together.
 
 What is predicted lies within its split. The window before it may begin in the split before, as is usual with these sets
 (Informer, Zhou et al. 2021, arXiv 2012.07436): so a test set has as many windows whatever their length. Windows that
@@ -262,7 +262,7 @@ def read(path: str, columns: Sequence[str] = ()) -> Table:
         text = PACKED.get(file.suffix, bytes)(content).decode("utf-8")
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path!r} cannot be read: {error}.") from error
-    lines = list(csv.reader(text.splitlines()))
+    lines = list(csv.reader(text.rstrip().splitlines()))
     if len(lines) < 2:
         raise DataError(f"{path!r} has {len(lines)} lines; expected a line of names and then rows.")
     header = [name.strip() for name in lines[0]]
