@@ -52,6 +52,7 @@ def get_config(size: str = "miniature") -> ConfigDict:
     config.checkpoint_every = 5_000
     config.model.size = size
     config.model.dropout = 0.1
+    config.model.attention_dropout = 0.1
     config.model.vocab_multiple = 64
     config.model.dtype = "bfloat16"
     config.model.execution = "scan"

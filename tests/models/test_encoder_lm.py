@@ -183,6 +183,8 @@ def test_the_head_costs_what_is_guessed_and_no_more():
         ({"num_heads": 3}, ConfigError, "width must be a multiple of num_heads"),
         ({"dropout": 1.0}, ConfigError, r"config.model.dropout must be in \[0, 1\)"),
         ({"dropout": -0.1}, ConfigError, "config.model.dropout"),
+        ({"attention_dropout": 1.0}, ConfigError, r"config.model.attention_dropout must be in \[0, 1\)"),
+        ({"attention_dropout": 0.1, "attention": "cudnn"}, ConfigError, "'cudnn' drops no weights"),
         ({"norm_eps": 0.0}, ConfigError, "config.model.norm_eps must be above 0"),
         ({"kernel_std": 0.0}, ConfigError, "config.model.kernel_std must be above 0"),
         ({"types": -1}, ConfigError, "config.model.types must be at least 0"),
@@ -216,8 +218,9 @@ def test_data_that_does_not_fit():
         model.apply({}, {"ids": jnp.zeros((2, 9), jnp.int32)})
 
 
-def test_dropout_is_of_training_alone():
-    model = encoders.build("block", N, dropout=0.3)
+@pytest.mark.parametrize("what", ["dropout", "attention_dropout"])
+def test_dropout_is_of_training_alone(what):
+    model = encoders.build("block", N, **{what: 0.3})
     state = encoders.weights(model)
     run = quick(partial(model.apply, train=True))
     one, same, other = (run(state, READ, rng=jax.random.key(i)).tokens for i in (0, 0, 1))

@@ -307,6 +307,25 @@ def test_the_mask_is_composed_in_one_place_and_no_larger_than_need_be():
     np.testing.assert_array_equal(np.isfinite(attention_bias(size=masks["size"])[:, 0, 0]), masks["size"] > 0)
 
 
+def test_dropout_is_of_weights_of_the_softmax():
+    """With the unit matrix as values the result is the weights: some 0, the others scaled, 1 a row on average."""
+    n = 48
+    q, k = jax.random.normal(jax.random.key(0), (2, 2, n, 3, 8))
+    eye = jnp.broadcast_to(jnp.eye(n)[:, None], (2, n, 3, n))
+    wide = [jnp.pad(x, [(0, 0)] * 3 + [(0, n - 8)]) for x in (q, k)]
+    valid = jnp.arange(n)[None] < jnp.array([[n], [n - 5]])
+    how = {"valid": valid, "scale": 8**-0.5}
+    run = jax.jit(lambda key: attention(*wide, eye, dropout=(0.25, key), **how))
+    found = np.moveaxis(np.asarray(run(jax.random.key(1))), 1, 2)
+    whole = np.asarray(attention_rows(q, k, valid=valid))
+    alive = found > 0
+    np.testing.assert_allclose(found, np.where(alive, whole / 0.75, 0), rtol=1e-5, atol=1e-7)
+    there = np.broadcast_to(np.asarray(valid)[:, None, None], alive.shape)
+    assert not alive[~there].any() and abs(alive[there].mean() - 0.75) < 0.02
+    assert alive[0, 0].any(axis=1).all() and (alive[0, 0] != alive[0, 1]).any()
+    assert (np.asarray(run(jax.random.key(2))) != np.asarray(run(jax.random.key(1)))).any()
+
+
 def test_cudnn_is_refused_where_it_cannot_serve():
     q, k, v, masks = draw(0)
     half = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
@@ -316,6 +335,8 @@ def test_cudnn_is_refused_where_it_cannot_serve():
         attention(q, k, v, implementation="cudnn")
     with pytest.raises(TokenLabError, match="does not take size or bias"):
         attention(*half, size=masks["size"], bias=masks["bias"], implementation="cudnn")
+    with pytest.raises(TokenLabError, match='"cudnn" does not take dropout'):
+        attention(*half, dropout=(0.1, jax.random.key(0)), implementation="cudnn")
 
 
 def test_what_cudnn_is_given(monkeypatch):

@@ -98,6 +98,7 @@ class Attention(nn.Module):
       modalities: M, weights of projections and of qk-norm for each modality; 0 for one set for all.
       kernel_std: standard deviation of the normal, cut off at two, that kernels start from (BERT's is 0.02); None for
         Glorot's uniform one.
+      dropout: rate in [0, 1) at which weights of the softmax are dropped where there is a key for it.
       dtype: compute dtype; parameters stay float32, logits and softmax are computed in float32.
       implementation: of the attention itself, see `tokenlab.ops.attention.attention`.
 
@@ -117,6 +118,7 @@ class Attention(nn.Module):
     window: int | None = None
     modalities: int = 0
     kernel_std: float | None = None
+    dropout: float = 0.0
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -161,6 +163,7 @@ class Attention(nn.Module):
         modality: Array | None = None,
         memory: KVCache | Stacked | None = None,
         seen: Seen | None = None,
+        dropout_key: Array | None = None,
         projections: bool = False,
     ) -> Array | tuple[Array, Projections] | tuple[Array, KVCache | Stacked]:
         """Mix tokens.
@@ -177,6 +180,7 @@ class Attention(nn.Module):
             and every token sees what it holds at its own position and before.
           seen: the tokens that x looks at, instead of at itself; only queries are made of x then, and only keys and
             values of them. The facts that x would lend its keys (`size`, `valid`) are not read. Not with `memory`.
+          dropout_key: key of this layer at this step, in training with `dropout`; None drops nothing.
           projections: also return the `Projections`, for the readings of the item that follows.
 
         Returns:
@@ -248,6 +252,8 @@ class Attention(nn.Module):
                 masks |= {"causal_positions": (position, looked.position), "window": self.window}
             if segment is not None:
                 masks["segments"] = (segment, looked.segment)
+            if dropout_key is not None:
+                masks["dropout"] = (self.dropout, dropout_key)
             mixed = ops.attention(query, keys, values, implementation=self.implementation, **masks)
         with jax.named_scope("projections"):
             if self.modalities:

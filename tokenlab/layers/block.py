@@ -200,6 +200,8 @@ class Block:
         if seen is not None:
             x = self._normed(modules, params, "attention", seen.x, seen, at="pre")
             how["seen"] = Seen(x, **self._facts(seen, context))
+        if self.attention.dropout and context.train:
+            how["dropout_key"] = context.key("dropout_attention_map", depth.index)
         normed = self._normed(modules, params, "attention", tokens.x, tokens, at="pre")
         with jax.named_scope("attention"):
             mixed, more = _apply(self.attention, params["attention"], normed, **facts, **how)

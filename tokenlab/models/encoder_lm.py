@@ -77,7 +77,8 @@ class EncoderLMConfig:
       norm_eps: eps of all norms, > 0.
       activation: "gelu" (exact), "gelu_tanh", "relu" or "silu", in blocks and head.
       dropout: rate in training, in [0, 1): of the embedding, of what each half of a block adds and of what the
-        classifier reads. Attention weights are not dropped.
+        classifier reads.
+      attention_dropout: rate in training, in [0, 1), of single weights of attention; not with `attention` "cudnn".
       kernel_std: standard deviation of fresh kernels and tables, > 0.
       always_kept, first_dropped: ids whose tokens an item that ranks by ids (`by=importance`) drops last, and first:
         those of the special tokens. With the byte tokenizer (256, 258, 259) and (257,).
@@ -101,6 +102,7 @@ class EncoderLMConfig:
     norm_eps: float = 1e-12
     activation: str = "gelu"
     dropout: float = 0.0
+    attention_dropout: float = 0.0
     kernel_std: float = 0.02
     always_kept: tuple[int, ...] = ()
     first_dropped: tuple[int, ...] = ()
@@ -121,8 +123,14 @@ class EncoderLMConfig:
                 raise ConfigError(f"config.model.{name} must be above 0; got {getattr(self, name)}.")
         if self.types < 0:
             raise ConfigError(f"config.model.types must be at least 0; got {self.types}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"config.model.dropout must be in [0, 1); got {self.dropout}.")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"config.model.{name} must be in [0, 1); got {getattr(self, name)}.")
+        if self.attention_dropout and self.attention == "cudnn":
+            raise ConfigError(
+                f"config.model.attention_dropout is {self.attention_dropout}, and config.model.attention 'cudnn' drops "
+                "no weights: expected 0, or config.model.attention 'xla'."
+            )
         activation(self.activation)
         width, _, _, heads = self.dims()
         if width % heads:
@@ -222,7 +230,11 @@ class EncoderLM(Trunk):
         width, depth, hidden, heads = s.dims()
         block = Block(
             attention=Attention(
-                num_heads=heads, kernel_std=s.kernel_std, dtype=self.dtype, implementation=s.attention
+                num_heads=heads,
+                kernel_std=s.kernel_std,
+                dropout=s.attention_dropout,
+                dtype=self.dtype,
+                implementation=s.attention,
             ),
             ffn=MLP(hidden, s.activation, self.dtype, s.kernel_std),
             dropout=s.dropout,

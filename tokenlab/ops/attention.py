@@ -40,6 +40,7 @@ def attention(
     window: int | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    dropout: tuple[float, jax.Array] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + bias) v over the keys that each query may see.
@@ -57,8 +58,10 @@ def attention(
         Beltagy et al. 2020, arXiv 2004.05150); at least 1.
       bias: [B or 1, H or 1, N or 1, M] float, added to the scaled logits; -inf hides.
       scale: of the logits; None is 1 / sqrt(Dh).
-      implementation: None or "xla" works everywhere. "cudnn" is jax.nn.dot_product_attention's flash attention: on
-        a GPU, bfloat16 or float16, without size and bias; anything else is an error, not another implementation.
+      dropout: (rate in [0, 1), key): each weight of the softmax is dropped with that probability, and the others are
+        scaled by 1 / (1 - rate), as BERT does (Devlin et al. 2019, arXiv 1810.04805).
+      implementation: None or "xla" works everywhere. "cudnn" is jax.nn.dot_product_attention's flash attention: on a
+        GPU, bfloat16 or float16, without size, bias and dropout; anything else is an error, not another implementation.
 
     Returns: [B, N, H, Dh] in q's dtype.
 
@@ -80,8 +83,12 @@ def attention(
             f"implementation is {implementation!r}.{suggest(str(implementation), IMPLEMENTATIONS)}"
         )
     if implementation == "cudnn":
-        return _cudnn(q, k, v, size=size, bias=bias, visible=visible_keys(**masks), scale=scale)
+        own = {"size": size, "bias": bias, "dropout": dropout}
+        return _cudnn(q, k, v, own, visible=visible_keys(**masks), scale=scale)
     weights, total = _weights(q, k, attention_bias(size=size, bias=bias, **masks), scale)
+    if dropout is not None:
+        rate, key = dropout
+        weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0.0)
     batch, n, heads, _ = q.shape
     m, groups = k.shape[1:3]
     # The weights enter the product in v's dtype (bfloat16 on an accelerator) and add up in float32.
@@ -208,8 +215,8 @@ def _weights(
     return weights, weights.sum(axis=-1, keepdims=True) + 1e-10
 
 
-def _cudnn(q, k, v, *, size, bias, visible, scale) -> jax.Array:
-    unsupported = [name for name, given in (("size", size), ("bias", bias)) if given is not None]
+def _cudnn(q, k, v, more, *, visible, scale) -> jax.Array:
+    unsupported = [name for name, given in more.items() if given is not None]
     if unsupported:
         raise TokenLabError(
             f'implementation "cudnn" does not take {" or ".join(unsupported)}; use "xla" or None.'
