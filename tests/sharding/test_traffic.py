@@ -52,6 +52,15 @@ def test_loops_in_loops_run_as_often_as_both_say() -> None:
     assert (gathered.kind, gathered.count, gathered.bytes) == ("all-gather", 1, 2048 * 3 // 4)
 
 
+def test_a_loop_that_says_its_trips_in_its_condition_alone() -> None:
+    """As the compiler for TPUs prints it."""
+    bound = "%less = pred[]{:T(512)} compare(%i, %n.1), direction=LT, metadata={}"
+    text = LOOP.replace("%less = pred[] compare(%a, %b), direction=LT", bound)
+    text = text.replace("  ROOT %less", "  %n.1 = s32[]{:T(128)} constant(6)\n  ROOT %less")
+    text = text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert [times for _, times in executed(text)] == [18, 1]
+
+
 def test_a_loop_whose_trips_are_not_known_is_an_error() -> None:
     unknown = LOOP.replace('"known_trip_count":{"n":"5"}', "")
     with pytest.raises(ShardingError, match="all-reduce .* runs in a loop whose trips"):

@@ -16,6 +16,9 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_COMPARE = re.compile(r"ROOT .* compare\(([^)]*)\), direction=LT")
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,7 @@ def _times(bodies: Mapping[str, list[str]]) -> dict[str, int | None]:
             called = _CALLED.findall(line)
             for listed in _BRANCHES.findall(line):
                 called += [branch.strip().lstrip("%") for branch in listed.split(",")]
-            loop = re.search(r"\bwhile\(", line)
-            trips = _TRIPS.search(line)
-            often = (int(trips[1]) if trips else None) if loop else 1
+            often = _trips(line, bodies) if re.search(r"\bwhile\(", line) else 1
             calls[name] += [(each, often) for each in called if each in bodies]
     times: dict[str, int | None] = {"ENTRY": 1}
 
@@ -132,3 +133,20 @@ def _times(bodies: Mapping[str, list[str]]) -> dict[str, int | None]:
 
     walk("ENTRY", 1)
     return times
+
+
+def _trips(loop: str, bodies: Mapping[str, list[str]]) -> int | None:
+    """How often a `while` runs: as it says itself, or up to the constant that its condition compares a counter with.
+
+    `lax.scan` counts from 0 by 1; the compiler for TPUs leaves no more of it than the comparison.
+    """
+    if said := _TRIPS.search(loop):
+        return int(said[1])
+    condition = _CONDITION.search(loop)
+    lines = bodies.get(condition[1], []) if condition else []
+    constants = dict(found.groups() for line in lines if (found := _CONSTANT.search(line)))
+    for line in lines:
+        if compared := _COMPARE.search(line):
+            bound = compared[1].split(",")[-1].split()[-1].lstrip("%")
+            return int(constants[bound]) if bound in constants else None
+    return None
