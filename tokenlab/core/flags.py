@@ -32,12 +32,14 @@ class Arguments:
       switches: names of the switches that were given.
       overrides: dotted key -> text of each `--config.key=text`.
       words: arguments that are no flags.
+      settings: dotted key -> text of each `--NAME.key=text`, where NAME is the command's group of settings.
     """
 
     values: Mapping[str, str | None]
     switches: frozenset[str]
     overrides: Mapping[str, str]
     words: tuple[str, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Command:
       words: the arguments that are no flags, as its usage shows them; "" when it takes none.
       hints: flag that it does not take -> what to do instead.
       more: further lines for its help.
+      settings: takes `--NAME.key=value` of this name, beside the configuration's; "" when it takes none.
     """
 
     run: Callable[[Arguments], int | None]
@@ -61,6 +64,12 @@ class Command:
     words: str = ""
     hints: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
+    settings: str = ""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups whose keys it takes: `--GROUP.key=value`."""
+        return ("config",) * self.overrides + (self.settings,) * bool(self.settings)
 
 
 def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
@@ -75,7 +84,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
     flags = {flag.name: flag for flag in command.flags}
     values: dict[str, str | None] = {}
     switches: set[str] = set()
-    overrides: dict[str, str] = {}
+    grouped: dict[str, dict[str, str]] = {"config": {}, command.settings: {}}
     others: list[str] = []
     rest = list(words)
     while rest:
@@ -84,13 +93,13 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
             others.append(word)
             continue
         key, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("--config.") and command.overrides:
+        group, dot, within = key.partition(".")
+        if word.startswith("--") and dot and group in command.groups:
             if not equals:
                 raise ConfigError(f"{name}: {word} needs a value: expected {word}=VALUE.")
-            key = key.removeprefix("config.")
-            if key in overrides:
-                raise ConfigError(f"{name}: --config.{key} is given twice.")
-            overrides[key] = value
+            if within in grouped[group]:
+                raise ConfigError(f"{name}: --{key} is given twice.")
+            grouped[group][within] = value
             continue
         if not word.startswith("--") or key not in flags:
             raise ConfigError(_unknown(name, command, word.partition("=")[0]))
@@ -114,7 +123,8 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
             raise ConfigError(f"{name}: --{flag.name}={flag.value} is missing ({flag.help}).")
         if flag.value:
             values.setdefault(flag.name, flag.default)
-    return Arguments(values, frozenset(switches), overrides, tuple(others))
+    settings = grouped[command.settings] if command.settings else {}
+    return Arguments(values, frozenset(switches), grouped["config"], tuple(others), settings)
 
 
 def _unknown(name: str, command: Command, flag: str) -> str:
@@ -124,7 +134,8 @@ def _unknown(name: str, command: Command, flag: str) -> str:
             return f"{name} takes no --{key}: {hint}."
     head, dot, tail = key.partition(".")
     if dot and command.overrides:  # --confg.steps, or --model.stack without the "config."
-        dotted = f"config.{tail}" if "mean" in suggest(head, ["config"]) else f"config.{key}"
+        near = [group for group in command.groups if "mean" in suggest(head, [group])]
+        dotted = f"{near[0]}.{tail}" if near else f"config.{key}"
         return f"{name}: unknown flag {flag}. Did you mean --{dotted}?"
     known = [*(f"--{each.name}" for each in command.flags), "--help"]
     return f"{name}: unknown flag {flag}.{suggest(f'--{key}', known)}"
@@ -141,6 +152,9 @@ def usage(name: str, command: Command) -> str:
     if command.overrides:
         words.append("[--config.KEY=VALUE ...]")
         lines.append(f"  {'--config.KEY=VALUE':<22} replace a field of the configuration; any number of them")
+    if command.settings:
+        words.append(f"[--{command.settings}.KEY=VALUE ...]")
+        lines.append(f"  {f'--{command.settings}.KEY=VALUE':<22} a setting of the target; any number of them")
     if command.words:
         words.append(command.words)
     about = f"{command.summary[0].upper()}{command.summary[1:]}."
