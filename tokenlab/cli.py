@@ -1,5 +1,5 @@
 """The command line: `tokenlab train | evaluate | generate | encode | compare | benchmark | cost | compile | data |
-import | list`.
+import | launch | list`.
 
 A command is a small function and a row in COMMANDS. It imports the package that does the work when it runs, so that
 help and mistakes on the command line answer at once.
@@ -313,6 +313,21 @@ def import_(arguments: Arguments) -> None:
     print("\n".join(notes))
 
 
+def launch(arguments: Arguments) -> None:
+    """Train on several processes: here, under Slurm, on TPU VMs or on Kubernetes."""
+    from tokenlab.launch import run
+
+    given = arguments.values
+    run(
+        given["target"],
+        given["config"],
+        given["workdir"],
+        changes=arguments.overrides,
+        settings=arguments.settings,
+        dry_run="dry-run" in arguments.switches,
+    )
+
+
 def list_(arguments: Arguments) -> None:
     """List what can be named in a stack and in a configuration."""
     for name in arguments.words:
@@ -352,6 +367,13 @@ def _configs() -> Rows:
     return [(str(path), names.summary(path)) for path in files]
 
 
+def _targets() -> Rows:
+    return [
+        (found.name.replace("_", "-"), found.summary.removeprefix(f"{found.name.replace('_', '-')}: "))
+        for found in names.list_modules("tokenlab.launch", defines="build")
+    ]
+
+
 def _optimizers() -> Rows:
     # What optax offers is known only by importing it, which takes a second or two; so this section comes last.
     import inspect
@@ -383,6 +405,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "models": ("models: config.model.name", _modules("tokenlab.models", defines="build")),
     "tasks": ("tasks: config.task.name", _modules("tokenlab.tasks", defines="build")),
     "data": ("data sources: config.data.name", _modules("tokenlab.data.sources", defines="build")),
+    "targets": ("launch targets: tokenlab launch --target=NAME", _targets),
     "configs": ("configs: --config=FILE", _configs),
     "optimizers": ("optimizers: config.optimizer.name", _optimizers),
 }
@@ -563,9 +586,22 @@ COMMANDS: dict[str, Command] = {
         words="FILE.safetensors",
         more="The configuration supplies data and task; the settings of the model come from the weights.",
     ),
+    "launch": Command(
+        launch,
+        "train on several processes: here, under Slurm, on TPU VMs or on Kubernetes",
+        (
+            Flag("target", "where: local, slurm, tpu-vm, gke or jobset", "NAME", required=True),
+            _CONFIG,
+            Flag("workdir", "folder of the run, or gs://BUCKET/FOLDER", "DIR", required=True),
+            Flag("dry-run", "print what would be run; write and run nothing"),
+        ),
+        overrides=True,
+        settings="launch",
+        more="docs/launch.md has the settings of each target. The same command again goes on with the run.",
+    ),
     "list": Command(
         list_,
-        "list stack items, methods, scores, models, tasks, data, optimizers and configs",
+        "list stack items, methods, scores, models, tasks, data, launch targets, optimizers and configs",
         words="[SECTION ...]",
         more=f"Sections: {', '.join(SECTIONS)}; all by default.",
     ),

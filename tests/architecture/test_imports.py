@@ -36,6 +36,7 @@ ORDER = (
     "compare",
     "bench",
     "interop",
+    "launch",
     "cli",
     "__main__",
 )
@@ -48,6 +49,7 @@ DISTRIBUTIONS = {
     "google": "protobuf",
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
 }  # where import and distribution differ
 
 
