@@ -24,7 +24,7 @@ set -uo pipefail
 again=
 trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-srun --kill-on-bad-exit=1 {command} &
+{srun} {command} &
 step=$!
 wait "$step"
 status=$?
@@ -107,8 +107,18 @@ def build(config: Config, job: Job) -> Plan:
         fields[name] = check_line(f"--launch.sbatch.{name}", value)
     lines = "".join(f"#SBATCH --{name}{_value(value)}\n" for name, value in fields.items())
     code = str(job.snapshot)
+    environment = job.environment(code)
+    # A step does not take the CPUs of a task from its job (Slurm 22.05).
+    step = ["srun", "--kill-on-bad-exit=1"]
+    if config.cpus_per_task:
+        step.append(f"--cpus-per-task={config.cpus_per_task}")
+    if config.gpus_per_task:
+        # Slurm lets each task see its own GPUs, numbered from 0; JAX would take the one of the task's own number.
+        step.append(f"--gpus-per-task={config.gpus_per_task}")
+        environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(config.gpus_per_task)))
     body = BODY.format(
-        exports=exports(job.environment(code)),
+        exports=exports(environment),
+        srun=shell(step),
         folder=shlex.quote(os.getcwd()),
         command=shell(job.command(program(config.python), code)),
     )

@@ -69,7 +69,7 @@ def missing() -> str:
             ["apt-get", *words], capture_output=True, text=True, env=environment, check=False
         )
         if done.returncode:
-            return f"apt-get {words[0]} fails: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+            return f"apt-get {words[2]} fails: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
     return ""
 
 

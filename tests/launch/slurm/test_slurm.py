@@ -51,28 +51,27 @@ def slurm(tmp_path_factory):
         yield environment
 
 
-@pytest.fixture
-def submit(slurm, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def submit(slurm, tmp_path_factory):
     """Launch; the number of the job."""
-    monkeypatch.chdir(ROOT)
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")  # one device a task
-    monkeypatch.setenv(
-        "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
-    )  # so that both have compiled before gloo is out of patience
-    monkeypatch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
-    python = tmp_path / "python"
+    python = tmp_path_factory.mktemp("bin") / "python"
     python.write_text(STAND_IN.format(python=sys.executable))
     python.chmod(0o755)
 
-    def submitted(workdir: Path, **settings: str) -> str:
+    def submitted(workdir: Path) -> str:
         interpreter = sys.executable if DISTRIBUTED else str(python)
-        settings = {"tasks_per_node": "2", "time": "00:30:00", "python": interpreter, **settings}
+        settings = {"tasks_per_node": "2", "time": "00:30:00", "python": interpreter}
         launch.run("slurm", "configs/quickstart.py", str(workdir), changes=CHANGES, settings=settings)
         return max(call("squeue", "--noheader", "--states=all", "--format=%i").split(), key=int)
 
-    return submitted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name, value in slurm.items():
+            patch.setenv(name, value)
+        patch.setenv("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")  # one device a task
+        # Both have to have compiled before gloo is out of patience.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield submitted
 
 
 def call(*words: str) -> str:
@@ -126,32 +125,34 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory) -> dict[str, Path]:
-    return {"workdir": tmp_path_factory.mktemp("whole") / "run"}
+def whole(submit, tmp_path_factory) -> dict[int, float]:
+    """The losses of a run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    job = submit(workdir)
+    assert finish(job, workdir)["Restarts"] == "0"
+    assert facts(job)["NumTasks"] == "2"
+    return losses(workdir)
 
 
-class TestSlurm:
-    def test_two_tasks_run_to_completion(self, submit, expected):
-        workdir = expected["workdir"]
-        job = submit(workdir)
-        assert finish(job, workdir)["Restarts"] == "0"
-        assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
-        assert f"NumTasks=2 in {job}" == f"NumTasks={facts(job)['NumTasks']} in {job}"
+def test_two_tasks_run_to_completion(whole):
+    assert sorted(whole) == list(range(1, STEPS + 1))
 
-    def test_a_job_that_is_requeued_goes_on(self, submit, expected, tmp_path):
-        """`scontrol requeue` in mid-training: the same losses as without."""
-        workdir = tmp_path / "run with a space"
-        job = submit(workdir)
-        until(12, workdir)
-        call("scontrol", "requeue", job)
-        assert finish(job, workdir)["Restarts"] == "1"
-        assert losses(workdir) == losses(expected["workdir"])
 
-    def test_before_the_time_limit_it_saves_and_is_queued_again(self, submit, expected, tmp_path):
-        """The signal that Slurm sends before the limit, here by hand."""
-        workdir = tmp_path / "run"
-        job = submit(workdir)
-        until(12, workdir)
-        call("scancel", "--batch", "--signal=USR1", job)
-        assert finish(job, workdir)["Restarts"] == "1"
-        assert losses(workdir) == losses(expected["workdir"])
+def test_a_job_that_is_requeued_goes_on(submit, whole, tmp_path):
+    """`scontrol requeue` in mid-training: the same losses as without."""
+    workdir = tmp_path / "run with a space"
+    job = submit(workdir)
+    until(12, workdir)
+    call("scontrol", "requeue", job)
+    assert finish(job, workdir)["Restarts"] == "1"
+    assert losses(workdir) == whole
+
+
+def test_before_the_time_limit_it_saves_and_is_queued_again(submit, whole, tmp_path):
+    """The signal that Slurm sends before the limit, here by hand."""
+    workdir = tmp_path / "run"
+    job = submit(workdir)
+    until(12, workdir)
+    call("scancel", "--batch", "--signal=USR1", job)
+    assert finish(job, workdir)["Restarts"] == "1"
+    assert losses(workdir) == whole
