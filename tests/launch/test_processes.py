@@ -55,7 +55,9 @@ def test_one_that_does_not_stop_is_killed():
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); time.sleep(60)"
     )
     fails = "import os, signal, time; time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+    begun = time.monotonic()
     assert processes.together([(*PYTHON, deaf), (*PYTHON, fails)], grace=0.2) == 128 + 9
+    assert time.monotonic() - begun < 40
 
 
 def test_one_that_ends_well_leaves_the_others_alone():
