@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ def train(arguments: Arguments) -> None:
     from tokenlab.core import config
 
     wanted = config.override(config.load(arguments.values["config"]), arguments.overrides)
-    from tokenlab.train import run
+    with _joined("train", arguments):
+        from tokenlab.train import run
 
-    sampler = None
-    if wanted.get("sample_every"):
-        from tokenlab.generate import Samples as sampler
+        sampler = None
+        if wanted.get("sample_every"):
+            from tokenlab.generate import Samples as sampler
 
-    run(wanted, arguments.values["workdir"], profile="profile" in arguments.switches, sampler=sampler)
+        run(wanted, arguments.values["workdir"], profile="profile" in arguments.switches, sampler=sampler)
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -47,19 +49,40 @@ def evaluate(arguments: Arguments) -> None:
         raise ConfigError("evaluate: --pictures and --no-pictures contradict each other; give one of them.")
     target = _writable(arguments.values["json"])
     checkpoint = _checkpoint(arguments.values["checkpoint"])
-    from tokenlab.evaluate import run
-    from tokenlab.generate import drawn
+    with _joined("evaluate", arguments, preemption=False):
+        from tokenlab.evaluate import run
+        from tokenlab.generate import drawn
 
-    run(
-        str(workdir),
-        overrides=dict(arguments.overrides),
-        split=arguments.values["split"],
-        json=target,
-        checkpoint=checkpoint,
-        pictures="all" if "pictures" in arguments.switches else "no-pictures" not in arguments.switches,
-        per_class="per-class" in arguments.switches,
-        probes=arguments.values["probe"],
-        painters=(drawn,),
+        run(
+            str(workdir),
+            overrides=dict(arguments.overrides),
+            split=arguments.values["split"],
+            json=target,
+            checkpoint=checkpoint,
+            pictures="all" if "pictures" in arguments.switches else "no-pictures" not in arguments.switches,
+            per_class="per-class" in arguments.switches,
+            probes=arguments.values["probe"],
+            painters=(drawn,),
+        )
+
+
+def _joined(name: str, arguments: Arguments, *, preemption: bool = True) -> AbstractContextManager[None]:
+    """The job of several processes that this one is part of, by its flags or its surroundings; see `sharding.hosts`."""
+    given = arguments.values
+    count, which = (number(f"{name}: --{flag}", given[flag]) for flag in ("num-processes", "process-id"))
+    waits = {flag: decimal(f"{name}: --{flag}", given[flag]) for flag in _WAITS if given[flag] is not None}
+    from tokenlab.sharding import hosts
+
+    place = hosts.find(given["coordinator"], count, which)
+    for flag, seconds in waits.items():
+        if place is None:
+            raise ConfigError(
+                f"{name}: --{flag} is for jobs of several processes, and this one is alone: leave it out."
+            )
+        if not 0 < seconds < float("inf"):
+            raise ConfigError(f"{name}: --{flag}={given[flag]}: expected seconds > 0.")
+    return hosts.joined(
+        place, preemption=preemption, **{flag.replace("-", "_"): seconds for flag, seconds in waits.items()}
     )
 
 
@@ -413,6 +436,15 @@ SECTIONS: dict[str, tuple[str, Callable[[], Rows]]] = {
 
 _CONFIG = Flag("config", "a Python file, an argument for it after a colon", "FILE[:ARG]", required=True)
 _JSON = Flag("json", "also write the result to this file", "FILE")
+_WAITS = ("start-timeout", "host-timeout", "stuck-timeout")
+_HOSTS = (
+    Flag("coordinator", "of a job of several processes: address of process 0 (docs/scale.md)", "HOST:PORT"),
+    Flag("process-id", "of this process, from 0", "K"),
+    Flag("num-processes", "of the job; 1: this one is alone, whatever Slurm or a TPU says", "N"),
+    Flag("start-timeout", "in which all processes have to report (default: 300)", "SECONDS"),
+    Flag("host-timeout", "of silence after which a process counts as gone (default: 60)", "SECONDS"),
+    Flag("stuck-timeout", "without a step anywhere after which the job is stuck (default: 1800)", "SECONDS"),
+)
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
@@ -422,6 +454,7 @@ COMMANDS: dict[str, Command] = {
             _CONFIG,
             Flag("workdir", "folder of the run; made when missing", "DIR", required=True),
             Flag("profile", "trace three steps into DIR/profile, with a summary of what took longest"),
+            *_HOSTS,
         ),
         overrides=True,
     ),
@@ -439,6 +472,7 @@ COMMANDS: dict[str, Command] = {
             Flag("probe", "learn from the train split's features: knn, linear or knn,linear", "NAMES"),
             Flag("pictures", "also draw predictions.png, calibration.png and confusion.png into the workdir"),
             Flag("no-pictures", "do not draw report.png, tokens.png and both_ways.png either"),
+            *_HOSTS,
         ),
         overrides=True,
         more='--config.eval.stack="A; B; C" compares several stacks on the same weights and data.',

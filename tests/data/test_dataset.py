@@ -277,10 +277,8 @@ class TestMixtures:
     def test_processes_share_the_batch_of_one(self, processes: int) -> None:
         for step in (0, 63, 64, 200):
             parts = [
-                TrainStream(Mixed(), "train", 60, seed=3, process_index=i, process_count=processes).indices(
-                    step
-                )
-                for i in range(processes)
+                TrainStream(Mixed(), "train", 60, seed=3, rows=range(i, i + 60 // processes)).indices(step)
+                for i in range(0, 60, 60 // processes)
             ]
             whole = TrainStream(Mixed(), "train", 60, seed=3).indices(step)
             assert np.concatenate(parts).tolist() == whole.tolist()

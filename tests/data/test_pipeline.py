@@ -34,6 +34,12 @@ def labels(stream: TrainStream, steps: range) -> list[int]:
     return [int(label) for step in steps for label in stream.batch(step)["label"]]
 
 
+def rows_of(batch_size: int, index: int, processes: int) -> range:
+    """The rows of one of several processes that share a batch in equal parts."""
+    share = batch_size // processes
+    return range(index * share, (index + 1) * share)
+
+
 class TestTrainStream:
     @pytest.mark.parametrize("batch_size", [1, 4, 7, 22, 23])
     def test_every_epoch_holds_every_example_once(self, batch_size: int) -> None:
@@ -56,7 +62,7 @@ class TestTrainStream:
         assume(batch_size <= n)
         toy = source(n, side=1)
         streams = [
-            TrainStream(toy, "train", batch_size, seed=seed, process_index=index, process_count=processes)
+            TrainStream(toy, "train", batch_size, seed=seed, rows=rows_of(batch_size, index, processes))
             for index in range(processes)
         ]
         steps = range(2 * n // batch_size + 1)
@@ -82,15 +88,21 @@ class TestTrainStream:
     def test_processes_share_the_batch_of_one(self, processes: int) -> None:
         def stream(index: int, count: int) -> TrainStream:
             dataset = changed("shift(1)|rotate(10)")
-            return TrainStream(dataset, "train", 12, seed=1, process_index=index, process_count=count)
+            return TrainStream(dataset, "train", 12, seed=1, rows=rows_of(12, index, count))
 
         for step in range(5):
             parts = [stream(index, processes).batch(step) for index in range(processes)]
             joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             assert_equal(joined, stream(0, 1).batch(step))
 
+    def test_rows_need_not_be_neighbours(self) -> None:
+        whole = TrainStream(changed("shift(1)|rotate(10)"), "train", 12, seed=1).batch(3)
+        rows = [0, 3, 4, 11]
+        some = TrainStream(changed("shift(1)|rotate(10)"), "train", 12, seed=1, rows=rows).batch(3)
+        assert_equal(some, {key: array[rows] for key, array in whole.items()})
+
     def test_mask_spec_and_dtypes(self) -> None:
-        batch = TrainStream(source(), "train", 6, seed=0, process_index=1, process_count=2).batch(0)
+        batch = TrainStream(source(), "train", 6, seed=0, rows=rows_of(6, 1, 2)).batch(0)
         assert {key: (array.shape, array.dtype.name) for key, array in batch.items()} == {
             "image": ((3, 4, 4, 1), "float32"),
             "label": ((3,), "int32"),
@@ -137,10 +149,15 @@ class TestTrainStream:
             ({"batch_size": 0}, "batch_size is 0; expected an int >= 1"),
             ({"batch_size": 4.0}, "batch_size is 4.0; expected an int"),
             ({"batch_size": True}, "batch_size is True"),
-            ({"process_count": 3}, "batch_size 8 does not divide over 3 processes"),
-            ({"process_index": 2, "process_count": 2}, "process 2 of 2; expected an index from 0"),
-            ({"process_index": -1}, "process -1 of 1"),
-            ({"process_count": 0}, "process 0 of 0"),
+            ({"rows": [2, 8]}, "rows 2 to 8 of a batch of 8; expected numbers from 0 to 7"),
+            ({"rows": [-1, 2]}, "rows -1 to 2 of a batch"),
+            (
+                {"rows": [3, 2]},
+                r"rows of a batch are \[3, 2\]; expected row numbers, each once and ascending",
+            ),
+            ({"rows": [2, 2]}, r"rows of a batch are \[2, 2\]"),
+            ({"rows": []}, r"rows of a batch are \[\]"),
+            ({"rows": [0.5]}, r"rows of a batch are \[0.5\]"),
             ({"seed": -3}, "seed is -3"),
             ({"split": "trian"}, "no split 'trian'. Did you mean 'train'?"),
         ],
@@ -172,7 +189,7 @@ class TestState:
     def test_round_trip_through_json(self) -> None:
         state = json.loads(json.dumps(self.stream().state(41)))
         assert self.stream().check(state) == 41
-        assert self.stream(process_index=1, process_count=3).check(state) == 41
+        assert self.stream(rows=rows_of(6, 1, 3)).check(state) == 41
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -204,7 +221,7 @@ class TestEvalBatches:
     def test_exact_counts(self, batch_size: int, processes: int) -> None:
         batch_size *= processes
         parts = [
-            list(eval_batches(source(), "test", batch_size, process_index=index, process_count=processes))
+            list(eval_batches(source(), "test", batch_size, rows=rows_of(batch_size, index, processes)))
             for index in range(processes)
         ]
         assert {len(part) for part in parts} == {num_eval_batches(source(), "test", batch_size)}
@@ -233,8 +250,8 @@ class TestEvalBatches:
             eval_batches(source(), "test", 0)
         with pytest.raises(DataError, match="batch_size is 0"):
             num_eval_batches(source(), "test", 0)
-        with pytest.raises(DataError, match="does not divide over 2"):
-            eval_batches(source(), "test", 5, process_count=2)
+        with pytest.raises(DataError, match="rows 3 to 5 of a batch of 5"):
+            eval_batches(source(), "test", 5, rows=[3, 5])
 
     def test_nan_is_found(self) -> None:
         broken = source()

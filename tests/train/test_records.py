@@ -113,6 +113,10 @@ def test_keys_that_came_later_have_their_defaults_in_a_run_from_before(tmp_path:
 
 
 def test_folders_that_are_no_workdir(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="workdir is gs://bucket/run: expected a folder, .*mount the bucket"
+    ):
+        Workdir("gs://bucket/run", CONFIG)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot use .*file as workdir: "):
         Workdir(tmp_path / "file", CONFIG).__enter__()
@@ -140,6 +144,28 @@ def test_processes_that_are_not_the_first_write_nothing(tmp_path: Path) -> None:
         assert workdir.rewind(0) == []
         workdir.record(record(1))
     assert not (tmp_path / "a").exists()
+
+
+def test_other_processes_see_the_same_folder_and_configuration(tmp_path: Path) -> None:
+    other = Workdir(tmp_path / "a", CONFIG, primary=False)
+    with pytest.raises(ConfigError, match=r"process 0 on .* does not see .*config.json.*all hosts share"):
+        other.check_shared(patience=0.0)
+    with Workdir(tmp_path / "a", CONFIG, primary=True) as first:
+        first.check_shared()
+        other.check_shared()
+        stranger = Workdir(tmp_path / "a", changed(steps=5), primary=False)
+        with pytest.raises(
+            ConfigError, match="another configuration than process 0: steps: 100 -> 5; give all"
+        ):
+            stranger.check_shared()
+
+
+def test_a_run_may_go_on_on_another_mesh(tmp_path: Path) -> None:
+    with Workdir(tmp_path, changed(mesh={"data": -1, "fsdp": 2})):
+        pass
+    with Workdir(tmp_path, changed(mesh={"data": -1, "fsdp": 1})) as workdir:
+        (note,) = workdir.notes
+    assert note.endswith("mesh.fsdp: 2 -> 1")
 
 
 # -------------------------------------------------------------------------------------------------- the lock

@@ -46,6 +46,10 @@ class NonFiniteError(TokenLabError):
     """Training met a value that is not finite; the message names the step and the first such leaf."""
 
 
+class HostsError(TokenLabError):
+    """Processes of one job that do not find each other or disagree, or one of them that is gone or stuck."""
+
+
 def suggest(name: str, options: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, or all of them.
 

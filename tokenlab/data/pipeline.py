@@ -25,17 +25,17 @@ class TrainStream:
 
     Example p of the run is example `p % n` of epoch `p // n`, where n is the size of the split, and row i of step t is
     example `t * batch_size + i`. So batches run over the end of an epoch, every epoch holds every example once, and
-    the order of the global batch does not depend on the number of processes: each takes its contiguous rows. The order
-    of an epoch is made with its first batch and kept for two epochs: 8 bytes an example, 0.15 s a million of them.
+    the order of the global batch does not depend on the number of processes: each reads the rows of its devices. The
+    order of an epoch is made with its first batch and kept for two: 8 bytes an example, 0.15 s a million of them.
 
     Args:
       source: what to read, a `Dataset` or a source whose images need no more than its default transform.
       split: its split.
-      batch_size: rows of the global batch, over all processes; divisible by `process_count`, and at most the size of
-        the split, so that no batch holds an example three times; of a small part of a mixture it may.
+      batch_size: rows of the global batch, over all processes; at most the size of the split, so that no batch holds
+        an example three times; of a small part of a mixture it may.
       seed: in [0, 2**64); decides order and random changes to images.
-      process_index: this process, in [0, process_count).
-      process_count: processes that share the global batch.
+      rows: which rows of the global batch this process reads, ascending (`tokenlab.sharding.rows.local_rows` knows
+        those of its devices); None = all.
 
     Raises:
       DataError: one of these does not hold, or the split is unknown.
@@ -48,15 +48,14 @@ class TrainStream:
         batch_size: int,
         *,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | np.ndarray | None = None,
     ):
         self._dataset = as_dataset(source)
         self._split = split
         self._seed = check_seed(seed)
         self._size = len(source.split(split))
         self._parts = Parts.of(self._dataset.source, split)
-        self._rows = _process_rows(batch_size, process_index, process_count)
+        self._rows = _checked_rows(batch_size, rows)
         self._batch_size = batch_size
         if batch_size > self._size:
             raise DataError(
@@ -81,7 +80,7 @@ class TrainStream:
         if step < 0:
             raise DataError(f"step is {step}; expected 0 or more")
         first = step * self._batch_size
-        position = np.arange(first + self._rows.start, first + self._rows.stop)
+        position = first + self._rows
         part, position = self._parts.assign(self._seed, position)
         result = np.empty(len(position), np.int64)
         for which, size in enumerate(self._parts.sizes):
@@ -104,7 +103,7 @@ class TrainStream:
         indices = self.indices(step)
         shape = (self._batch_size, self._dataset.train_transform.draws)
         draws = uniform(self._seed, Purpose.AUGMENT, step, shape)
-        return self._dataset.read(self._split, indices, draws[self._rows.start : self._rows.stop])
+        return self._dataset.read(self._split, indices, draws[self._rows])
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, JSON: the next step, and all that the batches depend on."""
@@ -214,41 +213,46 @@ def as_dataset(source: Source | Dataset) -> Dataset:
 
 
 def eval_batches(
-    source: Source | Dataset, split: str, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    source: Source | Dataset,
+    split: str,
+    batch_size: int,
+    *,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """All examples of a split once, in its own order; the last batch is padded.
 
     Args:
       source: what to read.
       split: its split.
-      batch_size: rows of the global batch, divisible by `process_count`; it may exceed the split.
-      process_index: this process, in [0, process_count).
-      process_count: processes that share each batch; each sees its contiguous rows, and as many batches as the others.
+      batch_size: rows of the global batch; it may exceed the split.
+      rows: which of them this process reads, as of `TrainStream`; each process sees as many batches as the others.
 
     Yields:
-      The spec's keys as arrays [batch_size / process_count, ...], and "mask" float32 [rows]: 1 for an example, 0 for
-      a row of zeros that fills the last batch. Over all processes the masks sum to the size of the split.
+      The spec's keys as arrays [rows of this process, ...], and "mask" float32 [rows]: 1 for an example, 0 for a row
+      of zeros that fills the last batch. Over all rows the masks sum to the size of the split.
 
     Raises:
       DataError: at the call, for a bad batch size or split; while iterating, for records that are not what the spec
         says.
     """
     dataset = as_dataset(source)
-    rows = _process_rows(batch_size, process_index, process_count)
+    wanted = _checked_rows(batch_size, rows)
     size = len(source.split(split))
-    return _eval_batches(dataset, split, batch_size, rows, size)
+    return _eval_batches(dataset, split, batch_size, wanted, size)
 
 
 def num_eval_batches(source: Source, split: str, batch_size: int) -> int:
     """How many batches `eval_batches` yields with the same arguments; raises as it does."""
-    _process_rows(batch_size, 0, 1)
+    _checked_rows(batch_size, None)
     return -(-len(source.split(split)) // batch_size)
 
 
-def _eval_batches(dataset: Dataset, split: str, batch_size: int, rows: range, size: int) -> Iterator[Batch]:
+def _eval_batches(
+    dataset: Dataset, split: str, batch_size: int, rows: np.ndarray, size: int
+) -> Iterator[Batch]:
     def make(number: int) -> Batch:
-        first = number * batch_size
-        indices = np.arange(min(first + rows.start, size), min(first + rows.stop, size))
+        indices = number * batch_size + rows
+        indices = indices[indices < size]
         # A process whose rows are all padding still joins in with a batch of the right shape.
         batch = dataset.read(split, indices)
         missing = len(rows) - len(indices)
@@ -264,16 +268,17 @@ def _pad(array: np.ndarray, missing: int) -> np.ndarray:
     return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
 
 
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+def _checked_rows(batch_size: int, rows: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    """The rows to read of a global batch, int64; all where `rows` is None."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size is {batch_size!r}; expected an int >= 1")
-    if process_count < 1 or not 0 <= process_index < process_count:
+    if rows is None:
+        return np.arange(batch_size)
+    found = np.asarray(rows)
+    if found.ndim != 1 or not len(found) or found.dtype.kind != "i" or (np.diff(found) < 1).any():
+        raise DataError(f"rows of a batch are {rows!r}; expected row numbers, each once and ascending")
+    if found[0] < 0 or found[-1] >= batch_size:
         raise DataError(
-            f"process {process_index} of {process_count}; expected an index from 0 to the count - 1"
+            f"rows {found[0]} to {found[-1]} of a batch of {batch_size}; expected numbers from 0 to {batch_size - 1}"
         )
-    if batch_size % process_count:
-        raise DataError(
-            f"batch_size {batch_size} does not divide over {process_count} processes; expected a multiple of them"
-        )
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
+    return found.astype(np.int64)

@@ -18,8 +18,9 @@ from tokenlab.evaluate.trained import Trained
 from tokenlab.models.vq_image import VQImage
 from tokenlab.ops import quantize
 from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.rows import RowLayout
 from tokenlab.sharding.rules import DEFAULT_RULES
-from tokenlab.train.evaluation import Evaluator, place
+from tokenlab.train.evaluation import Evaluator
 
 BEYOND = 1e-3
 """How far pictures may lie outside their value range, as a share of it: rounding, and no more."""
@@ -90,13 +91,13 @@ class Coder:
         shards = evaluator.shards
         size = -(-self.trained.config.eval.batch_size // shards) * shards  # padding counts nothing
         rows = NamedSharding(evaluator.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        layout = RowLayout(rows, size)
         codes, errors = [], []
         with jax.set_mesh(evaluator.mesh):
-            for batch in data.eval_batches(source, split, size, **processes):
+            for batch in data.eval_batches(source, split, size, rows=layout.local):
                 self._check(batch, split)
                 shown = {key: batch[key] for key in ("image", "mask")}
-                found, error, mask = jax.device_get(self._step(self._params, place(shown, rows)))
+                found, error, mask = jax.device_get(self._step(self._params, layout.put(shown)))
                 codes.append(found[mask > 0])
                 errors.append(error[mask > 0].astype(np.float64))
         whole = np.concatenate(codes) if codes else np.zeros((0, *self.trained.model.grid), np.int32)

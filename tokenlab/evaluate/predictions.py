@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenlab import data
 from tokenlab.core.errors import DataError, NonFiniteError
+from tokenlab.sharding.rows import RowLayout
 from tokenlab.sharding.rules import DEFAULT_RULES
-from tokenlab.train.evaluation import Evaluator, means, place
+from tokenlab.train.evaluation import Evaluator, compiled_together, means, place
 from tokenlab.train.step import base_key
 
 
@@ -99,11 +100,13 @@ def predict(
     found: list[list[Any]] = [[] for _ in steps]
     seconds: list[list[float]] = [[] for _ in steps]
     common: list[dict[str, np.ndarray]] = []
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    layout = RowLayout(rows, batch_size)
     last: tuple[Any, ...] = ()
     with jax.set_mesh(mesh):
-        for number, batch in enumerate(data.eval_batches(source, split, batch_size, **processes)):
-            last = (place(batch, rows), place(np.int32(number), everywhere))
+        for number, batch in enumerate(data.eval_batches(source, split, batch_size, rows=layout.local)):
+            last = (layout.put(batch), place(np.int32(number), everywhere))
+            if not common:
+                steps = [compiled_together(step, params[which], *last) for which, step in enumerate(steps)]
             for which, step in enumerate(steps):
                 result, spent = _timed(step, params[which], *last)
                 found[which].append(result)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from tokenlab.core.errors import CheckpointError, suggest
+from tokenlab.sharding import agree
 from tokenlab.train import leaves, manifest
 from tokenlab.train.manifest import Which, one_line
 
@@ -216,7 +216,7 @@ class Checkpoints:
                     chosen = step
                     break
                 damaged[step] = reason
-        chosen = _from_primary(chosen)
+        chosen = agree.from_primary(chosen)
         if chosen == -2:
             return None
         if chosen == -1:
@@ -241,7 +241,7 @@ class Checkpoints:
             CheckpointError: there is no such checkpoint, it is damaged, or it is of another model.
         """
         self.wait()
-        step = _from_primary(manifest.whole_step(self.directory, which) if self._primary else -1)
+        step = agree.from_primary(manifest.whole_step(self.directory, which) if self._primary else -1)
         return *self._restore(step, abstract_state), step
 
     def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -294,7 +294,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.directory).free // 10**6 if self._primary else 0
         except OSError as error:
             raise self._save_error(step, error) from error
-        free = _from_primary(min(free, 2**31 - 1))
+        free = agree.from_primary(free)
         if free * 10**6 < needed:
             raise CheckpointError(
                 f"cannot save step {step} in {self.directory}: it takes {needed / 1e6:.1f} MB of space and {free} MB "
@@ -363,16 +363,6 @@ def load_params(
     folder = directory / str(step)
     record = manifest.read_record(folder)
     return leaves.restore_part(folder, record["leaves"], part), {**record["meta"], "step": step}
-
-
-def _from_primary(value: int) -> int:
-    """The value that the first process has, in every process."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    with jax.transfer_guard("allow"):  # asked for, which the guard of the train loop cannot know
-        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class _NotFromOrbax(logging.Filter):

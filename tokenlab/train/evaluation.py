@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokenlab import data
 from tokenlab.core.errors import DataError
-from tokenlab.sharding import rules
+from tokenlab.sharding import agree, rules, watch
+from tokenlab.sharding.rows import RowLayout
 from tokenlab.sharding.rules import DEFAULT_RULES
 from tokenlab.train.step import make_eval_step
 
@@ -49,6 +50,7 @@ class Evaluator:
     task: Any
     mesh: Mesh
     shardings: Any = None
+    _steps: dict[int, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def params_shardings(self) -> Any:
@@ -66,6 +68,11 @@ class Evaluator:
             batch_sharding=NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"])),
             replicated=NamedSharding(self.mesh, PartitionSpec()),
         )
+
+    def _compiled(self, arguments: Any, batch_size: int) -> Callable[..., Any]:
+        if batch_size not in self._steps:
+            self._steps[batch_size] = compiled_together(self._step, *arguments)
+        return self._steps[batch_size]
 
     def put(self, params: Any) -> Any:
         """Parameters, numpy arrays that every process has whole, to where they live."""
@@ -95,15 +102,16 @@ class Evaluator:
         Raises:
             DataError: not one example of the split can be read.
         """
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        rows = NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+        layout = RowLayout(NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"])), batch_size)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         sums: list[Any] = []
         left_out: list[int] = []
         with jax.set_mesh(self.mesh):
-            for index, batch in enumerate(data.eval_batches(source, split, batch_size, **processes)):
-                left_out += skipped(source, split, batch_size, index, batch["mask"], **processes)
-                sums.append(self._step(params, place(batch, rows), place(np.int32(index), everywhere)))
+            for index, batch in enumerate(data.eval_batches(source, split, batch_size, rows=layout.local)):
+                watch.progress(f"evaluates batch {index} of split {split!r}")
+                left_out += skipped(source, split, batch_size, index, batch["mask"], layout.local)
+                arguments = (params, layout.put(batch), place(np.int32(index), everywhere))
+                sums.append(self._compiled(arguments, batch_size)(*arguments))
                 jax.block_until_ready(sums[max(index - AHEAD, 0)])
         totals = jax.tree.map(lambda *leaves: float(np.sum(leaves, dtype=np.float64)), *jax.device_get(sums))
         found = means(totals, self.task)
@@ -121,27 +129,34 @@ def skipped(
     batch_size: int,
     number: int,
     mask: np.ndarray,
-    *,
-    process_index: int,
-    process_count: int,
+    rows: np.ndarray,
 ) -> list[int]:
     """The records of a batch of `data.eval_batches` that could not be read: those of mask 0 that are no padding.
 
     Args:
         number: of the batch.
         mask: [rows of this process].
+        rows: of the global batch, that this process reads.
     """
-    first = number * batch_size + process_index * (batch_size // process_count)
-    records = first + np.flatnonzero(mask == 0)
+    records = number * batch_size + rows[mask == 0]
     return records[records < len(source.split(split))].tolist()
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays of this process onto the devices, as its part of global arrays."""
+    """Arrays that every process has whole, or that are the same everywhere, onto the devices as global arrays."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     with jax.transfer_guard("allow"):  # asked for, which the guard cannot know here
         return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), tree)
+
+
+def compiled_together(step: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """A jitted function for these arguments: of several processes, all have compiled it before one runs it."""
+    if jax.process_count() == 1:
+        return step
+    compiled = step.lower(*arguments).compile()
+    agree.meet()
+    return compiled
 
 
 def means(sums: Mapping[str, tuple[float, float]], task: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -24,7 +24,9 @@ from tokenlab.core.stack import parse
 from tokenlab.cost import flops
 from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.layers.statistics import join
+from tokenlab.sharding import agree
 from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.rows import RowLayout
 from tokenlab.sharding.rules import DEFAULT_RULES, path_of
 from tokenlab.train import costs, initialize, schedule, state, step, token_clock
 from tokenlab.train import optimizer as optimizers
@@ -99,7 +101,8 @@ class Experiment:
     def with_seed(self, seed: int) -> Experiment:
         """The same run from another seed. The two share what they compile: nothing compiled depends on the seed."""
         config = dataclasses.replace(self.config, seed=seed)
-        return dataclasses.replace(self, config=config, stream=_stream(config, self.source), skipped=set())
+        stream = _stream(config, self.source, self.row_layout.local)
+        return dataclasses.replace(self, config=config, stream=stream, skipped=set())
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -162,9 +165,14 @@ class Experiment:
         abstract = self.abstract_state
         return state.leaf_names(self.batch_shapes, abstract.params, abstract.statistics)
 
+    @cached_property
+    def row_layout(self) -> RowLayout:
+        """Which rows of a training batch are on which of this process's devices."""
+        return _row_layout(self.config, self.mesh)
+
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """This process's rows of a batch onto the devices, as one global array a leaf."""
-        return place(dict(batch), self.batch_sharding)
+        return self.row_layout.put(batch)
 
     # ------------------------------------------------------------------------------------------ functions
 
@@ -191,6 +199,12 @@ class Experiment:
         """Empty sums on the devices, to begin the next record with."""
         zeros = {name: (np.float32(0), np.float32(0)) for name in self.metric_names}
         return place(zeros, self.replicated)
+
+    def left_out(self, here: Iterable[int]) -> list[int]:
+        """Records that could not be read: those of all processes, ascending, given this one's."""
+        if self.source.config.corrupt != "skip":
+            return []
+        return sorted({record for records in agree.gather(sorted(here)) for record in records})
 
     def batches(self, start: int) -> data.Prefetch[dict[str, Array]]:
         """Training batches on the devices from step `start` to the last, made ahead as `config.data.prefetch` says."""
@@ -347,11 +361,11 @@ def build(
     variables = schedule.stack_vars(config.stack_vars, config.steps)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     source = data.build(config.data) if source is None else source
-    stream = _stream(config, source)
+    _check_rows(config, mesh)
+    stream = _stream(config, source, _row_layout(config, mesh).local)
     for split in (config.eval.split, config.eval.final_split):
         if split is not None:
             data.num_eval_batches(source, split, config.eval.batch_size)
-    _check_rows(config, mesh)
     built = {
         schedule.values_key(values): _model(config, task, source, values)
         for values in variables.distinct(config.steps)
@@ -372,15 +386,12 @@ def build(
     return experiment
 
 
-def _stream(config: TrainConfig, source: data.Dataset) -> data.TrainStream:
-    return data.TrainStream(
-        source,
-        TRAIN_SPLIT,
-        config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def _row_layout(config: TrainConfig, mesh: Mesh) -> RowLayout:
+    return RowLayout(NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"])), config.batch_size)
+
+
+def _stream(config: TrainConfig, source: data.Dataset, rows: np.ndarray) -> data.TrainStream:
+    return data.TrainStream(source, TRAIN_SPLIT, config.batch_size, seed=config.seed, rows=rows)
 
 
 def _model(config: TrainConfig, task: Any, source: data.Source, values: Mapping[str, int | float]) -> Any:

@@ -1,7 +1,12 @@
-"""SIGTERM and SIGINT as a request to stop between two steps, so that the state can be saved first."""
+"""SIGTERM and SIGINT as a request to stop between two steps, so that the state can be saved first.
+
+Of several processes all must stop after the same step. jax's preemption service sees to that: who gets SIGTERM tells
+the coordination service, all processes say there how far they are, and the step after the furthest one is agreed on.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -16,18 +21,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interrupt:
     """While its `with` block runs, the first signal is only noted; a second one acts as it would have before.
 
-    With several processes, which must all stop after the same step, SIGTERM to any of them is noted by jax's
-    preemption service, and SIGINT acts as ever. Outside the main thread Python gives no signals away; there nothing
-    is noted.
+    With several processes SIGTERM to any of them is noted by jax's preemption service, which has a handler of its own
+    from the start of the job to its end; SIGINT is passed on to it. Outside the main thread Python gives no signals
+    away; there nothing is noted.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._several = jax.process_count() > 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            handled = (signal.SIGINT,) if self._several else SIGNALS
+            self._before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(
@@ -37,9 +44,8 @@ class Interrupt:
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step` steps; to be asked after every step, with the same answer in every process."""
-        if jax.process_count() > 1 and self._received is None:
-            if multihost_utils.reached_preemption_sync_point(step):
-                self._received = signal.SIGTERM
+        if self._several and self._received is None and multihost_utils.reached_preemption_sync_point(step):
+            self._received = signal.SIGTERM
         return self._received is not None
 
     @property
@@ -54,8 +60,11 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._received = number
         self._restore()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # which all processes will be told of
+        else:
+            self._received = number
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

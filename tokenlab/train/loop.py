@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections.config_dict import ConfigDict
 
 from tokenlab import tasks
 from tokenlab.core.errors import ConfigError
+from tokenlab.sharding import agree, watch
 from tokenlab.train import compilation, initialize
 from tokenlab.train import experiment as experiments
 from tokenlab.train.checkpoint import Checkpoints
@@ -81,7 +81,7 @@ def run(
     draws = _sampler(experiment, Path(workdir), sampler)
     loaded: Mapping[str, Any] = {}
     told: list[str] = []
-    if not _has_checkpoint(Path(workdir)):
+    if not agree.from_primary(_has_checkpoint(Path(workdir))):
         model = experiment.model
         loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model, notes=told)
     compilation.use_cache(experiment.config.compilation_cache)
@@ -89,7 +89,8 @@ def run(
         folder = stack.enter_context(Workdir(workdir, config))
         folder.keep_tokenizer(experiment.source.tokenizer)
         if jax.process_count() > 1:  # the first process alone decides whether the workdir may be used
-            multihost_utils.sync_global_devices("workdir")
+            agree.meet()
+            folder.check_shared()
         checkpoints = stack.enter_context(
             Checkpoints(
                 folder.checkpoints,
@@ -219,6 +220,7 @@ class Trainer:
         guard = jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
         with experiment.batches(self.step) as batches, guard, self.stopwatch.running():
             for batch in self._waiting(batches, in_flight):
+                watch.progress("in a train step")
                 train_step, flops = self._prepare(batch)
                 profiler.before(self.step, in_flight)
                 self.state, report = train_step(self.state, batch)
@@ -238,6 +240,7 @@ class Trainer:
     def _waiting(self, batches: Iterator[Any], in_flight: Sequence[jax.Array]) -> Iterator[Any]:
         """The batches; the wait for one is added up when the devices had nothing left to do before it came."""
         while True:
+            watch.progress("waits for a batch", self.step)
             asked = time.perf_counter()
             batch = next(batches, None)
             came = time.perf_counter()
@@ -292,6 +295,7 @@ class Trainer:
                 self._facts["compilations"] = {"count": len(seconds), "seconds": sum(seconds)}
                 self._facts.setdefault("seconds_to_first_step", time.perf_counter() - self._begun)
                 self.folder.update_run(self._facts)
+                agree.meet()
             what = f"train step {len(self._prepared)}{f' for {key}' if key else ''}"
             how = "was compiled before" if known else f"compiled in {found.seconds:.1f} s"
             self.progress.note(f"step {self.step}: {what} {how}")
@@ -321,6 +325,7 @@ class Trainer:
                 metrics = self._evaluate(config.eval.split)
             if last and config.eval.final_split is not None:
                 self._evaluate(config.eval.final_split)
+            watch.progress("records and saves")
             if self._sampler and (last or step % config.sample_every == 0):
                 self._sample(self._sampler)
             if last or stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
@@ -336,14 +341,14 @@ class Trainer:
         fetched = jax.device_get((self.state.metrics, self.state.health, report.learning_rate))
         sums, health, rate = fetched
         check_health(health, self._leaf_names)
-        self._tell_left_out(TRAIN_SPLIT, self.experiment.skipped)
+        self._tell_left_out(TRAIN_SPLIT, self.experiment.left_out(self.experiment.skipped))
         self.state = self.state.replace(metrics=self.experiment.zero_metrics())
         self._record("train", {**means(sums, self.experiment.task), "learning_rate": float(rate)})
 
     def _evaluate(self, split: str) -> dict[str, float]:
         check_health(jax.device_get(self.state.health), self._leaf_names)
         found = self.experiment.evaluate(evaluation_params(self.state), split, self.step)
-        self._tell_left_out(split, found.skipped)
+        self._tell_left_out(split, self.experiment.left_out(found.skipped))
         self._record(split, found.metrics)
         return found.metrics
 

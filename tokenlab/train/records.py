@@ -50,7 +50,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.workers",
 )
-"""Keys of the configuration that may be others when a run goes on."""
+"""Keys of the configuration that may be others when a run goes on; so may those of `mesh`: it may go on elsewhere."""
 
 TOKENIZER = "tokenizer.json"
 """The vocabulary that a run on text trained with, in its workdir, unless it is bytes."""
@@ -72,10 +72,13 @@ class Workdir:
         checkpoints: the folder for checkpoints in it.
         notes: what is to be told about it after entering, one line each.
 
+    Raises:
+        ConfigError: the path is the address of a bucket.
+
     Entering raises:
-        ConfigError: the folder belongs to a run of another configuration (the keys that differ are named; those of
-            `MAY_CHANGE` may differ) or to an unknown one, another process trains in it, or it cannot be made.
-            It stays as it was.
+        ConfigError: the folder belongs to a run of another configuration (the keys that differ are named;
+            those of `MAY_CHANGE` and `mesh` may differ) or to an unknown one, another process trains in it, or it
+            cannot be made. It stays as it was.
     """
 
     def __init__(
@@ -85,6 +88,11 @@ class Workdir:
         *,
         primary: bool | None = None,
     ) -> None:
+        if "://" in os.fspath(path):
+            raise ConfigError(
+                f"the workdir is {path}: expected a folder, as locks and records need a file system; mount the bucket, "
+                "and give the folder it is mounted at"
+            )
         self.path = Path(path).absolute()
         self.checkpoints = self.path / "checkpoints"
         self.notes: list[str] = []
@@ -148,11 +156,11 @@ class Workdir:
                     )
             return None
         changes = diff(completed(read_config(self.path)), completed(self._config))
-        wrong = [line for line in changes if line.split(":")[0] not in MAY_CHANGE]
+        wrong = [line for line in changes if not _may_change(line.split(":")[0])]
         if wrong:
             raise ConfigError(
                 f"{self.path} belongs to a run of another configuration: {_listed(wrong)}; give another "
-                f"workdir, or the configuration in its config.json (only {', '.join(MAY_CHANGE)} may change)"
+                f"workdir, or the configuration in its config.json (only {', '.join(MAY_CHANGE)} and mesh may change)"
             )
         return changes
 
@@ -175,6 +183,34 @@ class Workdir:
             )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def check_shared(self, patience: float = 30.0) -> None:
+        """Of several processes: all see the same folder and run the same configuration; to be called when the first
+        has entered.
+
+        Args:
+            patience: seconds in which a network file system has to show what another host wrote.
+
+        Raises:
+            ConfigError: this process sees no config.json in the folder, or it is not of its configuration.
+        """
+        if self._primary:
+            return
+        deadline = time.monotonic() + patience
+        while not (self.path / "config.json").exists():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"process {jax.process_index()} on {socket.gethostname()} does not see "
+                    f"{self.path / 'config.json'}, which process 0 wrote: expected a workdir that all hosts "
+                    "share, such as a mounted bucket or NFS"
+                )
+            time.sleep(0.2)
+        changes = diff(completed(read_config(self.path)), completed(self._config))
+        if changes:
+            raise ConfigError(
+                f"process {jax.process_index()} on {socket.gethostname()} was started with another configuration than "
+                f"process 0: {_listed(changes)}; give all the same"
+            )
 
     def keep_tokenizer(self, tokenizer: Any) -> None:
         """Keeps a vocabulary that could be another one day (trained on text, or a file elsewhere): tokenizer.json."""
@@ -289,6 +325,10 @@ class Workdir:
             )  # tensorboardX takes no integer past 64 bits, and warns of what is not finite
             if math.isfinite(number):
                 self._events.add_scalar(f"{record['split']}/{name}", number, record["step"])
+
+
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or key.startswith("mesh.")
 
 
 def environment() -> dict[str, Any]:

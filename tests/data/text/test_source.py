@@ -275,7 +275,7 @@ class TestDataset:
     def test_processes_share_each_batch(self, packing: str) -> None:
         source = made(packing=packing)
         whole = TrainStream(source, "train", 8, seed=3)
-        halves = [TrainStream(source, "train", 8, seed=3, process_index=i, process_count=2) for i in range(2)]
+        halves = [TrainStream(source, "train", 8, seed=3, rows=range(4 * i, 4 * i + 4)) for i in range(2)]
         first, second = (stream.indices(1).tolist() for stream in halves)
         assert not set(first) & set(second)
         assert [*first, *second] == whole.indices(1).tolist()
@@ -290,8 +290,8 @@ class TestDataset:
         batch_size, size = 6, source.splits["validation"]
         assert size % batch_size
         parts = [
-            list(eval_batches(source, "validation", batch_size, process_index=i, process_count=processes))
-            for i in range(processes)
+            list(eval_batches(source, "validation", batch_size, rows=range(i, i + batch_size // processes)))
+            for i in range(0, batch_size, batch_size // processes)
         ]
         assert len(parts[0]) == num_eval_batches(source, "validation", batch_size)
         rows = {
