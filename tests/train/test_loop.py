@@ -38,6 +38,7 @@ class Small:
     tokens_per_example = 64
     stack_text = "block"
     program = types.SimpleNamespace(flat=list, after=64)
+    layer_tokens = dense_layer_tokens = 0
 
     def init(self, key: Array) -> dict[str, Any]:
         kernel = 0.01 * jax.random.normal(key, (64, 10))
@@ -302,6 +303,9 @@ class Counted(Small):
         step = BlockStep(0, types.SimpleNamespace(ffn=None, ffn_name="", special_name=""), (), present)
         return types.SimpleNamespace(flat=lambda: [step], present=64, depth=1, after=present)
 
+    dense_layer_tokens = 64
+    layer_tokens = property(lambda self: round(64 * self.keep))
+
 
 def test_a_run_whose_learning_rate_follows_layer_tokens_goes_on_bit_for_bit(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -409,7 +413,7 @@ def test_waiting_counts_only_while_the_devices_have_nothing_to_do(ready: list[bo
         time.sleep(0.02)
         yield "batch"
 
-    trainer = types.SimpleNamespace(waited=0.0)
+    trainer = types.SimpleNamespace(waited=0.0, step=0)
     in_flight = [types.SimpleNamespace(is_ready=lambda done=done: done) for done in ready]
     assert list(loop.Trainer._waiting(trainer, batches(), in_flight)) == ["batch"]
     assert (trainer.waited >= 0.02) == counted
