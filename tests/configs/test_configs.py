@@ -83,7 +83,12 @@ def test_a_config_builds(file: Path, tmp_path: Path) -> None:
     assert configs.diff(configs.from_json(configs.to_json(config)), config) == []
 
 
-@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    # One reads all of Fashion-MNIST.
+    [pytest.param(file, marks=pytest.mark.slow if file.stem == "moma" else ()) for file in COMPARISONS],
+    ids=lambda file: file.stem,
+)
 def test_a_comparison_builds(file: Path, tmp_path: Path) -> None:
     config = configs.load(file)
     skip_without(config.base.data)

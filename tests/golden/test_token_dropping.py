@@ -334,7 +334,9 @@ class Given(SctdTask):
         return batch
 
 
-@pytest.mark.parametrize("compat", [False, True], ids=["paper", "code"])
+@pytest.mark.parametrize(
+    "compat", [pytest.param(False, id="paper"), pytest.param(True, id="code", marks=pytest.mark.slow)]
+)
 def test_sctd_loss_and_gradients(compat: bool) -> None:
     """Of a step that aligns: losses to rtol 1e-5, gradients to atol 1e-4 and rtol 1e-3, the new importance."""
     model, task = sctd_model(), Given(SctdConfig(reference_compat=compat))

@@ -31,7 +31,7 @@ OVERRIDES: dict[str, Any] = {
     "checkpoint_every": EVERY,
     "eval.batch_size": 16,  # so that evaluation takes a while
     "model.size": "nano/2",
-    "model.stack": "block + skip(keep=0.5, by=random)(block) + keep(0.5, by=cls) + block",
+    "model.stack": "block + skip(keep=0.5, by=random)(block) + block + keep(0.5, by=cls) + block",
     "model.drop_path": 0.1,
     "optimizer.ema": 0.99,
 }
@@ -175,11 +175,12 @@ SMALL = [
     "--config.batch_size=8",
     "--config.model.size=nano/2",
 ]
-SMALL += ["--config.model.stack=block", "--config.compilation_cache=False"]
+SMALL += ["--config.compilation_cache=False"]
+BLOCK = "--config.model.stack=block"
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_with_room(tmp_path: Path) -> None:
-    words = ["train", *SMALL, f"--workdir={tmp_path / 'run'}"]
+    words = ["train", *SMALL, BLOCK, f"--workdir={tmp_path / 'run'}"]
     line = one_line(words, limit=8192)
     assert "cannot save step 4" in line and "free space" in line and "whole checkpoints: none" in line
     assert (
@@ -192,7 +193,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_with_room(tmp_path
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line() -> None:
-    line = one_line(["train", *SMALL, "--workdir=/proc/tokenlab"])  # also root makes no folder there
+    line = one_line(["train", *SMALL, BLOCK, "--workdir=/proc/tokenlab"])  # also root makes no folder there
     assert (
         "cannot use /proc/tokenlab as workdir" in line and "expected a folder that can be written to" in line
     )
@@ -200,7 +201,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line() -> None:
 
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
     made = subprocess.run(
-        [sys.executable, "-m", "tokenlab.cli", "train", *SMALL, f"--workdir={tmp_path / 'run'}"],
+        [sys.executable, "-m", "tokenlab.cli", "train", *SMALL, BLOCK, f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": ""},
     )
@@ -214,5 +215,5 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"block"', '"block*2"'))
     line = one_line(["train", *SMALL, f"--workdir={other}", "--config.model.stack=block*2"])
     assert "checkpoint 4 in" in line and "is of another model: " in line and "expected float32" in line
-    wide = ["train", *SMALL, f"--workdir={tmp_path / 'wide'}", "--config.mesh.fsdp=3"]
+    wide = ["train", *SMALL, BLOCK, f"--workdir={tmp_path / 'wide'}", "--config.mesh.fsdp=3"]
     assert "mesh" in one_line(wide)
