@@ -24,6 +24,7 @@ STARTS = 60.0  # seconds
 
 CONFIGURATION = """\
 ClusterName=one
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -81,7 +82,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     folder.chmod(0o755)  # munged trusts no socket in a folder that others can write to
     host = socket.gethostname().partition(".")[0]
     configuration = folder / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(host=host, folder=folder, ports=_ports(2)))
+    # Processes meet at a port that is made of their job's number: two clusters on one machine must not number alike.
+    first = 1 + os.getpid() % 60_000
+    configuration.write_text(CONFIGURATION.format(host=host, folder=folder, ports=_ports(2), first=first))
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     environment = os.environ | {"SLURM_CONF": str(configuration)}

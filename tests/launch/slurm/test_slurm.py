@@ -98,6 +98,7 @@ def finish(job: str, workdir: Path, seconds: float = 900.0) -> dict[str, str]:
         "NODE_FAIL",
     ):
         if found["JobState"] == "PENDING":  # a job that is queued again has to wait for two minutes
+            time.sleep(10)  # and its script, which asked for that, has to have ended
             subprocess.run(
                 ["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False
             )
