@@ -13,7 +13,7 @@ from tokenlab import cli, launch
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "launch.md"
 GOLDEN = Path(__file__).parent / "golden"
-HOME = Path("/home/me/tokenlab")
+HOME = Path("/path/to/tokenlab")
 
 
 def recipes() -> dict[str, list[str]]:
