@@ -59,8 +59,9 @@ class CompileReport:
       hbm_bytes: memory that each has; None where it is not known.
       fits: whether the one is at most the other; None where the other is not known.
       flops_per_device: counted, of loss and gradients with what is computed again, shared evenly.
-      collectives: what each device sends in a step, by kind; None where the program was not made.
-      roofline: the least time of a step; None where the chip's figures are not known, or the program was not made.
+      collectives: what each device sends in a step, by kind; None where the program was not made, or jaxlib cannot read
+        what a newer libtpu has made.
+      roofline: the least time of a step; None where the chip's figures or the collectives are not known.
       batch_that_fits: about the largest batch that would fit, a multiple of the devices that share it; None as above.
       compile_seconds: that compiling took.
     """
@@ -111,6 +112,11 @@ class CompileReport:
         if self.batch_that_fits is not None:
             shown.add_row("batch that would fit", f"about {self.batch_that_fits:,}")
         shown.add_row("counted FLOPs a device", pretty(self.flops_per_device))
+        if self.collectives is None:
+            shown.add_row(
+                "collectives",
+                "not known: no program was made, or one that jaxlib cannot read (libtpu is newer)",
+            )
         for each in self.collectives or ():
             shown.add_row(f"{each.kind} a step", f"{each.count:,}, {pretty(each.bytes)}B sent by a device")
         if self.roofline is not None:
@@ -188,7 +194,7 @@ def compile_report(
     cost = train_cost(model, task, facts.spec, 1, config.optimizer.only) * config.batch_size
     chip = devices[0].device_kind
     hardware = _datasheet(chip)
-    sent = None if made is None else tuple(traffic(made.compiled, len(devices)))
+    sent = None if made is None else _traffic(made.compiled, len(devices))
     needed = over if made is None else made.peak_bytes
     state = 0 if made is None else made.fixed_bytes
     memory = None if hardware is None else int(hardware.hbm_bytes)
@@ -247,6 +253,14 @@ def _datasheet(chip: str) -> Any:
     try:
         return lookup(chip)
     except CostError:
+        return None
+
+
+def _traffic(compiled: Any, devices: int) -> tuple[Traffic, ...] | None:
+    """What is sent; None where this jaxlib cannot read the program that a newer libtpu has made."""
+    try:
+        return tuple(traffic(compiled, devices))
+    except jax.errors.JaxRuntimeError:
         return None
 
 
