@@ -37,6 +37,7 @@ ORDER = (
     "bench",
     "interop",
     "launch",
+    "commands",
     "cli",
     "__main__",
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tokenlab import __version__, cli, models
+from tokenlab.commands import list_
 from tokenlab.core.errors import ConfigError, NonFiniteError, StackError
 from tokenlab.train import optimizer
 
@@ -198,7 +199,7 @@ class TestList:
     def test_every_section_has_something(self, capsys):
         status, out, err = run(capsys, "list")
         assert (status, err) == (0, "")
-        for name, (title, _) in cli.SECTIONS.items():
+        for name, (title, _) in list_.SECTIONS.items():
             assert f"{title}  [{name}]\n" in out
         for line in (
             "  keep ",
@@ -211,7 +212,7 @@ class TestList:
             "  block ",
         ):
             assert line in out
-        assert out.count("(none)") == (0 if cli._configs() else 1)
+        assert out.count("(none)") == (0 if list_._configs() else 1)
         rows = [line.split() for line in out.splitlines() if line.startswith("  ") and "(none)" not in line]
         assert all(len(row) > 1 for row in rows), "each has a line of description"
 
@@ -223,12 +224,12 @@ class TestList:
         ]
 
     def test_it_lists_what_models_and_optimizers_know(self):
-        rows = {name: rows() for name, (_, rows) in cli.SECTIONS.items()}
+        rows = {name: rows() for name, (_, rows) in list_.SECTIONS.items()}
         for section, role in (("items", "item"), ("scores", "score"), ("ffn", "ffn"), ("special", "special")):
             assert dict(rows[section]) == models.names_of(role) | (
-                {"block": cli._BLOCK} if section == "items" else {}
+                {"block": list_._BLOCK} if section == "items" else {}
             )
-        assert models.BLOCK == f"block: {cli._BLOCK}"
+        assert models.BLOCK == f"block: {list_._BLOCK}"
         assert [name for name, _ in rows["optimizers"]] == optimizer.names()
 
     def test_configs_of_the_current_folder(self, tmp_path, monkeypatch, capsys):
@@ -342,8 +343,9 @@ class TestHelp:
 def test_as_a_program():
     """Exit status and streams of a process; and neither help nor the quick sections wait for JAX."""
     code = (
-        "import sys; from tokenlab import cli; status = cli.main(['train', '--help']);"
-        "status += cli.main(['list', *[name for name in cli.SECTIONS if name != 'optimizers']]);"
+        "import sys; from tokenlab import cli; from tokenlab.commands import list_;"
+        "status = cli.main(['train', '--help']);"
+        "status += cli.main(['list', *[name for name in list_.SECTIONS if name != 'optimizers']]);"
         "sys.exit(status + 10 * ('jax' in sys.modules))"
     )
     root = Path(cli.__file__).parent.parent

@@ -22,7 +22,7 @@ import pytest
 
 from tokenlab import cli, models
 from tokenlab.compare import CompareConfig
-from tokenlab.core import config, names, stack
+from tokenlab.core import config, flags, names, stack
 from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import NameLookupError, StackError
 from tokenlab.cost import count
@@ -220,7 +220,7 @@ def test_files_and_names_exist(page):
 def test_commands_parse(page, added):
     """The command line accepts them, their configuration exists and has the keys, their stacks can be read."""
     for _, name, *words in commands(page):
-        arguments = cli.parse(name, cli.COMMANDS[name], words)
+        arguments = flags.parse(name, cli.COMMANDS[name], words)
         if file := arguments.values.get("config"):
             here = added if (added / file.partition(":")[0]).exists() else ROOT
             changed = config.override(config.load(f"{here}/{file}"), arguments.overrides)

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from tokenlab import cli, launch
+from tokenlab.core import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "launch.md"
@@ -32,7 +33,7 @@ def recipes() -> dict[str, list[str]]:
 
 def arguments(words: list[str]) -> dict:
     """Words of a recipe as arguments of `tokenlab.launch.run`."""
-    given = cli.parse("launch", cli.COMMANDS["launch"], words)
+    given = flags.parse("launch", cli.COMMANDS["launch"], words)
     places = {name: given.values[name] for name in ("target", "config", "workdir")}
     return places | {
         "changes": given.overrides,

@@ -1,0 +1,1 @@
+"""The commands of `tokenlab`, a file each: a function, and the row that says which flags it takes."""
