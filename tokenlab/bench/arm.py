@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from tokenlab import models
 from tokenlab.cost import Cost, count
 from tokenlab.sharding import rules
-from tokenlab.sharding.rules import DEFAULT_RULES, path_of
+from tokenlab.sharding.rules import path_of, row_sharding
 from tokenlab.train import compilation, state, step
 from tokenlab.train.experiment import peak_bytes
 from tokenlab.train.optimizer import Optimizer
@@ -72,7 +72,7 @@ class Setting:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where the rows of a batch go."""
-    return NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+    return row_sharding(mesh)
 
 
 class Shelf:

@@ -17,9 +17,8 @@ from tokenlab.core.errors import DataError
 from tokenlab.evaluate.trained import Trained
 from tokenlab.models.vq_image import VQImage
 from tokenlab.ops import quantize
-from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rows import RowLayout
-from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.sharding.rules import row_sharding
 from tokenlab.train.evaluation import Evaluator
 
 BEYOND = 1e-3
@@ -58,8 +57,7 @@ class Coder:
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        sizes = self.trained.config.mesh
-        mesh = make_mesh({axis: getattr(sizes, axis) for axis in ("data", "fsdp", "tensor", "expert")})
+        mesh = self.trained.config.mesh.build()
         return Evaluator(self.trained.model, self.trained.task, mesh)
 
     @cached_property
@@ -75,7 +73,7 @@ class Coder:
             off = model.decode(params, codes) - batch["image"]
             return codes, jnp.mean(off**2, axis=(1, 2, 3)), batch["mask"]
 
-        rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+        rows = row_sharding(mesh)
         everywhere = NamedSharding(mesh, PartitionSpec())
         shardings = (self._evaluator.params_shardings, rows)
         return jax.jit(step, in_shardings=shardings, out_shardings=everywhere)
@@ -90,7 +88,7 @@ class Coder:
         source, evaluator = self.trained.source, self._evaluator
         shards = evaluator.shards
         size = -(-self.trained.config.eval.batch_size // shards) * shards  # padding counts nothing
-        rows = NamedSharding(evaluator.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+        rows = row_sharding(evaluator.mesh)
         layout = RowLayout(rows, size)
         codes, errors = [], []
         with jax.set_mesh(evaluator.mesh):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tokenlab import data
 from tokenlab.core.errors import DataError, NonFiniteError
 from tokenlab.sharding.rows import RowLayout
-from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.sharding.rules import row_sharding
 from tokenlab.train.evaluation import Evaluator, compiled_together, means, place
 from tokenlab.train.step import base_key
 
@@ -93,7 +93,7 @@ def predict(
       NonFiniteError: a model gives logits that are not finite.
     """
     mesh = evaluators[0].mesh
-    rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+    rows = row_sharding(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     wanted = ("features", "logits") if features else ("logits",)
     steps = [_make_step(evaluator, rows, everywhere, wanted) for evaluator in evaluators]

@@ -14,7 +14,6 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.evaluate import codes, metrics, predictions, probe
 from tokenlab.evaluate.predictions import Predictions
 from tokenlab.evaluate.trained import Trained
-from tokenlab.sharding.mesh import make_mesh
 from tokenlab.train.costs import forward_cost
 from tokenlab.train.evaluation import Evaluator
 
@@ -69,9 +68,7 @@ def measure_each(trained: Sequence[Trained], split: str, probes: Sequence[str] =
     """`measure` for several stacks on the same weights and data, which is read once; from `load_each`."""
     first = trained[0]
     check_probes(first, split, probes)
-    mesh = make_mesh(
-        {axis: getattr(first.config.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert")}
-    )
+    mesh = first.config.mesh.build()
     evaluators = [Evaluator(each.model, each.task, mesh) for each in trained]
     # Padding counts nothing, so the batch may be larger than asked for: as many rows on every device.
     shards = evaluators[0].shards

@@ -18,6 +18,7 @@ from tokenlab.core import names
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
 from tokenlab.launch import processes, snapshot
 from tokenlab.launch.job import Job, Plan, check_line, is_address, job_name, one_line, shell
+from tokenlab.sharding.axes import SIZES
 
 PACKAGE = "tokenlab.launch"
 LONGEST_NAME = 40
@@ -178,7 +179,7 @@ def descriptions(cls: type[Any]) -> dict[str, str]:
 def _mesh(described: Any) -> dict[str, int]:
     """Devices by axis of `config.mesh`, where it says nothing but that."""
     mesh = described.get("mesh")
-    sizes = dict(mesh) if mesh else {}
+    sizes = {axis: mesh[axis] for axis in SIZES if axis in mesh} if mesh else {}
     return sizes if all(type(size) is int for size in sizes.values()) else {}
 
 

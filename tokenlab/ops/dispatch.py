@@ -33,7 +33,7 @@ from tokenlab.ops import exchange
 from tokenlab.ops.exchange import Exchange
 from tokenlab.ops.route import Chosen, Taken
 from tokenlab.sharding.constrain import constrain
-from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.sharding.rules import axes_of
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def _batch_axes() -> tuple[tuple[str, ...], int]:
     if mesh.empty or mesh.size == 1:
         return (), 1
     kinds: Mapping[str, AxisType] = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in DEFAULT_RULES["batch"] if kinds.get(axis) is AxisType.Auto)
+    axes = tuple(axis for axis in axes_of("batch", mesh) if kinds.get(axis) is AxisType.Auto)
     if all(mesh.shape[axis] == 1 for axis in axes):
         return (), 1
     return axes, mesh.shape["expert"] if "expert" in axes else 1

@@ -7,10 +7,10 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 
 from tokenlab.core.errors import ShardingError
-from tokenlab.sharding.rules import DEFAULT_RULES, Rules, spec
+from tokenlab.sharding.rules import Rules, rules_of, spec
 
 
-def constrain(x: Array, *logical: str | None, rules: Rules = DEFAULT_RULES) -> Array:
+def constrain(x: Array, *logical: str | None, rules: Rules | None = None) -> Array:
     """Keep `x` split over the mesh as its logical axes say: `constrain(x, "batch", None, None)` for [B, N, D].
 
     The mesh is the one of the surrounding `jax.set_mesh`. Without a mesh, or on one of a single device, there
@@ -20,7 +20,7 @@ def constrain(x: Array, *logical: str | None, rules: Rules = DEFAULT_RULES) -> A
     Args:
       x: an array of any dtype, with its global shape.
       logical: one name or None for each dimension; None means not split.
-      rules: logical axis -> mesh axes.
+      rules: logical axis -> mesh axes; None for those of the mesh.
 
     Raises:
       ShardingError: as `tokenlab.sharding.rules.spec`, also without a mesh where the number of axes is wrong;
@@ -40,7 +40,9 @@ def constrain(x: Array, *logical: str | None, rules: Rules = DEFAULT_RULES) -> A
     if all(kind is AxisType.Manual for kind in kinds.values()):
         return x
     manual = {axis for axis, kind in kinds.items() if kind is AxisType.Manual}
-    local = {name: _without(axes, manual) for name, axes in rules.items()}
+    local = {
+        name: _without(axes, manual) for name, axes in (rules_of(mesh) if rules is None else rules).items()
+    }
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec(logical, x.shape, mesh, local, what)))
 
 

@@ -2,10 +2,15 @@
 
 Nothing is sharded by accident or left replicated in silence: a leaf that no row matches, a row that matches no leaf,
 two dimensions on one mesh axis and a dimension that its mesh axis does not divide are errors.
+
+The rules follow from the roles of a mesh's axes (`tokenlab.sharding.axes`). A configuration may have some of its own:
+they are the name of a further axis of the mesh, of size 1 (`named`). A mesh is all that says where arrays lie, then,
+and as jit keeps its programs by mesh none of them is taken for one with other rules.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,6 +20,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tokenlab.core.errors import ShardingError, suggest
+from tokenlab.sharding.axes import AXES, ROLES, attending, of_experts
 
 LogicalAxes: TypeAlias = tuple[str | None, ...]
 """The name of each axis of an array; None for one that is never split."""
@@ -25,18 +31,48 @@ Table: TypeAlias = Mapping[str, LogicalAxes]
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis -> the mesh axis or axes it is split over, None for none."""
 
-DEFAULT_RULES: Rules = MappingProxyType(
-    {
-        "batch": ("data", "fsdp", "expert"),
-        "group": ("data", "fsdp"),
-        "embed": "fsdp",
-        "heads": "tensor",
-        "mlp": "tensor",
-        "vocab": "tensor",
-        "expert": "expert",
-        "layers": None,
+
+def _of_roles(names: tuple[str, ...]) -> Rules:
+    """What the roles of these axes say of every logical axis."""
+    batch = attending(names, "data", "fsdp")
+    sequence = attending(names, "sequence")
+    tensor = attending(names, "tensor")
+    inside = of_experts(
+        names, "data", "expert"
+    )  # each token of a layer of experts lies on one device along these
+    rules = {
+        "batch": batch,
+        "sequence": sequence,
+        "embed": attending(names, "fsdp"),
+        "heads": tensor,
+        "mlp": tensor,
+        "vocab": tensor,
+        "layers": (),
+        # In layers of experts.
+        "expert": of_experts(names, "expert"),
+        "expert_embed": tuple(axis for axis in of_experts(names, "data") if ROLES[axis][0] == "fsdp"),
+        "expert_mlp": of_experts(names, "tensor"),
+        "expert_batch": tuple(axis for axis in batch if axis in inside),
+        "expert_sequence": tuple(axis for axis in attending(names, "sequence", "tensor") if axis in inside),
+        "group": tuple(axis for axis in batch if ROLES[axis][1] == "data"),
+        "places": tuple(axis for axis in attending(names, "sequence", "tensor") if ROLES[axis][1] == "data"),
     }
-)
+    return MappingProxyType(
+        {name: axes[0] if len(axes) == 1 else axes or None for name, axes in rules.items()}
+    )
+
+
+DEFAULT_RULES: Rules = _of_roles(AXES)
+"""Of a mesh that has the axes `AXES` alone; `rules_of` has those of any.
+
+Activations: "batch" and "sequence" of tokens [B, N, D], "heads", "mlp", "vocab". Parameters: "embed", "heads", "mlp",
+"vocab", and "layers", the axis along which blocks are stacked. In a layer of experts: "expert", "expert_embed" and
+"expert_mlp" of its parameters; "expert_batch" and "expert_sequence" of tokens on their way in, split over all devices
+that do not share an expert; "group" and "places" of what the experts compute on, [E, B, C, D].
+"""
+
+_RULES = "rules"  # begins the name of the axis that says them; "-" and "." part it, which every parser of HLO takes
+
 
 STACKED = ("blocks", "items")
 """Groups of parameters whose leaves are stacked over layers or items along a leading axis."""
@@ -47,11 +83,75 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def named(rules: Rules) -> str:
+    """The name of a mesh axis that says these rules: "rules-embed.data.fsdp-vocab"; see `rules_of`.
+
+    Args:
+      rules: logical axis -> mesh axes; those that are left out follow from the roles of the axes.
+
+    Raises:
+      ShardingError: an unknown logical axis or mesh axis, or one mesh axis twice in a rule.
+    """
+    said = [_RULES]
+    for name, given in sorted(rules.items()):
+        if name not in DEFAULT_RULES:
+            raise ShardingError(
+                f"rules: there is no logical axis {name!r}.{suggest(str(name), DEFAULT_RULES)}"
+            )
+        axes = _tuple(given)
+        for axis in axes:
+            if axis not in ROLES:
+                raise ShardingError(
+                    f"rule {name!r} -> {given!r}: there is no mesh axis {axis!r}.{suggest(str(axis), ROLES)}"
+                )
+        if len(set(axes)) < len(axes):
+            raise ShardingError(f"rule {name!r} -> {given!r} names a mesh axis twice; name each once.")
+        said.append(".".join((name, *axes)))
+    return "-".join(said)
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> Rules:
+    """The rules of a mesh: what the roles of its axes say, and in its place what the mesh itself says (`named`)."""
+    return _rules_of(tuple(map(str, mesh.axis_names)))
+
+
+@functools.lru_cache(maxsize=256)
+def _rules_of(names: tuple[str, ...]) -> Rules:
+    found = dict(_of_roles(names))
+    for name in names:
+        first, *said = name.split("-")
+        if first == _RULES:
+            for rule in said:
+                logical, *axes = rule.split(".")
+                found[logical] = tuple(axes)
+    return MappingProxyType(found)
+
+
+def sizes_of(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Devices by axis, without the axis of size 1 that says rules."""
+    return {axis: size for axis, size in mesh.shape.items() if str(axis).split("-")[0] != _RULES}
+
+
+def axes_of(name: str, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over, those of size 1 too, in the order of its parts."""
+    return _mesh_axes(name, mesh, rules_of(mesh) if rules is None else rules, "axes_of")
+
+
+def ways(name: str, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a logical axis is split."""
+    return math.prod(mesh.shape[axis] for axis in axes_of(name, mesh))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch [B, ...]: its rows over the axes of "batch", whatever follows whole on every device."""
+    return NamedSharding(mesh, PartitionSpec(axes_of("batch", mesh)))
+
+
 def spec(
     logical: LogicalAxes,
     shape: tuple[int, ...],
     mesh: Mesh | AbstractMesh,
-    rules: Rules = DEFAULT_RULES,
+    rules: Rules | None = None,
     what: str = "array",
 ) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes and shape.
@@ -62,7 +162,7 @@ def spec(
       logical: one name or None for each dimension.
       shape: of the whole (global) array.
       mesh: its axes and their sizes.
-      rules: logical axis -> mesh axes.
+      rules: logical axis -> mesh axes; None for those of the mesh.
       what: the array's name, for messages.
 
     Raises:
@@ -73,6 +173,7 @@ def spec(
         raise ShardingError(
             f"{what} has shape {shape}, but {len(logical)} logical axes {logical} are given for it."
         )
+    rules = rules_of(mesh) if rules is None else rules
     used: dict[str, int] = {}
     parts: list[str | tuple[str, ...] | None] = []
     for dim, (name, size) in enumerate(zip(logical, shape, strict=True)):
@@ -97,7 +198,7 @@ def spec(
     return PartitionSpec(*parts)
 
 
-def shardings(parameters: Any, table: Table, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def shardings(parameters: Any, table: Table, mesh: Mesh, rules: Rules | None = None) -> Any:
     """The sharding of every parameter.
 
     A row serves every leaf whose path ends with it; where several do, the longest one. Rows for leaves under
@@ -109,7 +210,7 @@ def shardings(parameters: Any, table: Table, mesh: Mesh, rules: Rules = DEFAULT_
         average. For an optimizer's state use `shardings_like`.
       table: rows of path (or its end) -> logical axes.
       mesh: from `make_mesh`.
-      rules: logical axis -> mesh axes.
+      rules: logical axis -> mesh axes; None for those of the mesh.
 
     Returns:
       A tree of NamedSharding like `parameters`.
@@ -194,12 +295,15 @@ def _mesh_axes(name: str | None, mesh: Mesh | AbstractMesh, rules: Rules, what: 
         raise ShardingError(
             f"{what}: there is no rule for the logical axis {name!r}.{suggest(str(name), rules)}"
         )
-    axes = rules[name]
-    axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    axes = _tuple(rules[name])
     for axis in axes:
-        if axis not in mesh.shape:
+        if axis not in mesh.shape and axis not in ROLES:
             near = suggest(str(axis), mesh.axis_names)
             raise ShardingError(
                 f"{what}: rule {name!r} -> {axes} names mesh axis {axis!r}, which does not exist.{near}"
             )
-    return axes
+    return tuple(axis for axis in axes if axis in mesh.shape)
+
+
+def _tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -27,7 +27,7 @@ from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import CostError
 from tokenlab.cost import Cost, Roofline, lookup, pretty, roofline
 from tokenlab.data.outline import outline
-from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.sharding import rules
 from tokenlab.sharding.topology import topology
 from tokenlab.sharding.traffic import Traffic, traffic
 from tokenlab.train import schedule
@@ -177,12 +177,11 @@ def compile_report(
       TokenLabError: what is wrong with the configuration, or data that is not here and that nothing describes.
     """
     config = to_dataclass(TrainConfig, config)
-    wanted = dict(mesh) if mesh else {k: v for k, v in dataclasses.asdict(config.mesh).items() if v != 1}
     facts, task = outline(config.data), tasks.build(config.task)
     outputs = task.num_outputs(facts) if num_outputs is None else num_outputs
     with contextlib.nullcontext() if where == HERE else one_at_a_time():
         devices: Sequence[Any] = jax.devices() if where == HERE else topology(where)
-        sizes = _whole(wanted or {"data": -1}, len(devices))
+        sizes = _whole(mesh, len(devices)) if mesh else config.mesh.sizes(len(devices))
         made, over = None, None
         try:
             made = compile_step(config, facts.spec, outputs, devices, sizes)
@@ -212,7 +211,7 @@ def compile_report(
         flops_per_device=cost.flops // len(devices),
         collectives=sent,
         roofline=_roofline(cost, config, hardware, len(devices), sent),
-        batch_that_fits=_largest(made, memory, config.batch_size, sizes),
+        batch_that_fits=_largest(made, memory, config.batch_size),
         compile_seconds=0.0 if made is None else made.seconds,
     )
 
@@ -276,10 +275,10 @@ def _roofline(
     )
 
 
-def _largest(made: Any, memory: int | None, batch: int, sizes: Mapping[str, int]) -> int | None:
+def _largest(made: Any, memory: int | None, batch: int) -> int | None:
     """About the largest batch: what is not state grows with it."""
     if made is None or memory is None:
         return None
     each = (made.peak_bytes - made.fixed_bytes) / batch
-    ways = math.prod(sizes.get(axis, 1) for axis in DEFAULT_RULES["batch"] or ())
+    ways = rules.ways("batch", made.mesh)
     return max(0, int((memory - made.fixed_bytes) / each) // ways * ways) if each > 0 else None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jax.sharding import Mesh
 from ml_collections.config_dict import ConfigDict
 
 from tokenlab.core import names
 from tokenlab.core.config import from_dataclass
 from tokenlab.core.errors import ConfigError, NameLookupError
+from tokenlab.sharding.axes import SIZES
+from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.rules import named
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -159,20 +163,46 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; at most one of them is -1, which stands for all devices that are left."""
+    """The devices: how many along each mesh axis, and what is split over which of them.
+
+    Attributes:
+        data, fsdp, tensor, expert, sequence: devices per axis; at most one of them is -1, which stands for all devices
+            that are left.
+        rules: logical axis -> mesh axis or axes that it is split over, None for none, in place of what
+            `tokenlab.sharding.rules` says: {"embed": ("fsdp", "data"), "vocab": None}.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    sequence: int = 1
+    rules: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "expert": self.expert}
+        sizes = self.given()
+        named(self.rules)
         for name, size in sizes.items():
             _require(
                 size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices >= 1, or -1 for the rest"
             )
         _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
+
+    def given(self) -> dict[str, int]:
+        """Devices per axis as they are set, -1 for the rest."""
+        return {axis: getattr(self, axis) for axis in SIZES}
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Devices per axis of the mesh of so many devices, -1 worked out where it can be; axes of size 1 left out."""
+        sizes = self.given()
+        rest = devices // max(1, math.prod(size for size in sizes.values() if size > 0))
+        return {axis: rest if size == -1 else size for axis, size in sizes.items() if size != 1} or {
+            "data": 1
+        }
+
+    def build(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh of these devices, by default of all. Raises ShardingError as `make_mesh`."""
+        return make_mesh(self.given(), devices, rules=self.rules)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from tokenlab import data
 from tokenlab.core.errors import DataError
 from tokenlab.sharding import agree, rules, watch
 from tokenlab.sharding.rows import RowLayout
-from tokenlab.sharding.rules import DEFAULT_RULES
 from tokenlab.train.step import make_eval_step
 
 AHEAD = 4
@@ -65,7 +64,7 @@ class Evaluator:
             self.model,
             self.task,
             params_shardings=self.params_shardings,
-            batch_sharding=NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"])),
+            batch_sharding=rules.row_sharding(self.mesh),
             replicated=NamedSharding(self.mesh, PartitionSpec()),
         )
 
@@ -85,7 +84,7 @@ class Evaluator:
     @property
     def shards(self) -> int:
         """Devices that share a batch; a batch size must be a multiple of it."""
-        return int(np.prod([self.mesh.shape[axis] for axis in DEFAULT_RULES["batch"]]))
+        return rules.ways("batch", self.mesh)
 
     def __call__(self, params: Any, source: data.Source, split: str, batch_size: int) -> Evaluated:
         """Metrics over a whole split.
@@ -102,7 +101,7 @@ class Evaluator:
         Raises:
             DataError: not one example of the split can be read.
         """
-        layout = RowLayout(NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"])), batch_size)
+        layout = RowLayout(rules.row_sharding(self.mesh), batch_size)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         sums: list[Any] = []
         left_out: list[int] = []

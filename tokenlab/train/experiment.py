@@ -25,9 +25,8 @@ from tokenlab.cost import flops
 from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.layers.statistics import join
 from tokenlab.sharding import agree
-from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rows import RowLayout
-from tokenlab.sharding.rules import DEFAULT_RULES, path_of
+from tokenlab.sharding.rules import axes_of, path_of, row_sharding, sizes_of
 from tokenlab.train import costs, initialize, schedule, state, step, token_clock
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train.config import TrainConfig
@@ -141,7 +140,7 @@ class Experiment:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Rows over the batch axes."""
-        return NamedSharding(self.mesh, PartitionSpec(DEFAULT_RULES["batch"]))
+        return row_sharding(self.mesh)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -311,7 +310,7 @@ class Experiment:
             "tokens_per_example": self.model.tokens_per_example,
             "grid": list(getattr(self.model, "grid", ())) or None,
             "optimizer": self.optimizer.description,
-            "mesh": dict(self.mesh.shape),
+            "mesh": sizes_of(self.mesh),
             "cost_table": self._tables[0],
         }
 
@@ -359,7 +358,7 @@ def build(
     by_tokens = config.optimizer.schedule.clock != "steps"
     optimizer = None if by_tokens else optimizers.build(config.optimizer, config.steps)
     variables = schedule.stack_vars(config.stack_vars, config.steps)
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    mesh = config.mesh.build()
     source = data.build(config.data) if source is None else source
     _check_rows(config, mesh)
     stream = _stream(config, source, _row_layout(config, mesh).local)
@@ -387,7 +386,7 @@ def build(
 
 
 def _row_layout(config: TrainConfig, mesh: Mesh) -> RowLayout:
-    return RowLayout(NamedSharding(mesh, PartitionSpec(DEFAULT_RULES["batch"])), config.batch_size)
+    return RowLayout(row_sharding(mesh), config.batch_size)
 
 
 def _stream(config: TrainConfig, source: data.Dataset, rows: np.ndarray) -> data.TrainStream:
@@ -461,7 +460,7 @@ def _train_rows(config: TrainConfig) -> tuple[str, int]:
 
 def _shards(mesh: Mesh) -> tuple[int, str]:
     """How many devices share a batch, and along which axes."""
-    axes = {axis: mesh.shape[axis] for axis in DEFAULT_RULES["batch"]}
+    axes = {axis: mesh.shape[axis] for axis in axes_of("batch", mesh)}
     return math.prod(axes.values()), ", ".join(f"{axis}={size}" for axis, size in axes.items())
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenlab import models, tasks
 from tokenlab.sharding.mesh import make_mesh
-from tokenlab.sharding.rules import DEFAULT_RULES
+from tokenlab.sharding.rules import row_sharding
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train import schedule, token_clock
 from tokenlab.train import state as states
@@ -73,9 +72,9 @@ def compile_step(
     batch = batch_shapes(spec, config.batch_size)
     names = metric_names(model, task, model.abstract_state(), batch)
     shapes = jax.eval_shape(lambda: states.create(model, optimizer, names, config.seed))
-    made = make_mesh(mesh, devices)
+    made = make_mesh(mesh, devices, rules=config.mesh.rules)
     places = states.shardings(shapes, model, made)
-    rows = NamedSharding(made, PartitionSpec(DEFAULT_RULES["batch"]))
+    rows = row_sharding(made)
     start = time.perf_counter()
     with jax.set_mesh(made):
         step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows)
