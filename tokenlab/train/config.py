@@ -16,6 +16,7 @@ from tokenlab.core.config import from_dataclass
 from tokenlab.core.errors import ConfigError, NameLookupError
 from tokenlab.sharding.axes import SIZES
 from tokenlab.sharding.mesh import make_mesh
+from tokenlab.sharding.plan import ParallelPlan
 from tokenlab.sharding.rules import named
 
 
@@ -162,12 +163,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsMeshConfig:
+    """How layers of experts use the devices where attention uses them otherwise; with neither set `mesh.expert` says.
+
+    Attributes:
+        expert: devices that share the experts, the nearest ones but for `tensor`; None for 1, where `tensor` is set.
+        tensor: devices that share the hidden units of every expert; None for as many as `mesh.tensor`.
+    """
+
+    expert: int | None = None
+    tensor: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            if size is not None:
+                _whole(f"mesh.experts.{name}", size, 1, "a number of devices >= 1, or None")
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """The devices: how many along each mesh axis, and what is split over which of them.
 
     Attributes:
         data, fsdp, tensor, expert, sequence: devices per axis; at most one of them is -1, which stands for all devices
-            that are left.
+            that are left. Along `expert` attention splits the batch.
+        experts: what layers of experts do with the same devices instead (`tokenlab.sharding.plan`); `expert` is then 1.
         rules: logical axis -> mesh axis or axes that it is split over, None for none, in place of what
             `tokenlab.sharding.rules` says: {"embed": ("fsdp", "data"), "vocab": None}.
     """
@@ -177,6 +197,7 @@ class MeshConfig:
     tensor: int = 1
     expert: int = 1
     sequence: int = 1
+    experts: ExpertsMeshConfig = field(default_factory=ExpertsMeshConfig)
     rules: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -187,6 +208,15 @@ class MeshConfig:
                 size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices >= 1, or -1 for the rest"
             )
         _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
+        if self.folds:
+            _require(
+                self.expert == 1, "mesh.expert", self.expert, "1 where mesh.experts says what experts lie on"
+            )
+
+    @property
+    def folds(self) -> bool:
+        """Whether layers of experts use the devices in a way of their own."""
+        return self.experts != ExpertsMeshConfig()
 
     def given(self) -> dict[str, int]:
         """Devices per axis as they are set, -1 for the rest."""
@@ -196,13 +226,27 @@ class MeshConfig:
         """Devices per axis of the mesh of so many devices, -1 worked out where it can be; axes of size 1 left out."""
         sizes = self.given()
         rest = devices // max(1, math.prod(size for size in sizes.values() if size > 0))
-        return {axis: rest if size == -1 else size for axis, size in sizes.items() if size != 1} or {
-            "data": 1
-        }
+        sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+        if self.folds:
+            sizes = self._plan(sizes).sizes
+        return {axis: size for axis, size in sizes.items() if size != 1} or {"data": 1}
 
     def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh of these devices, by default of all. Raises ShardingError as `make_mesh`."""
-        return make_mesh(self.given(), devices, rules=self.rules)
+        if not self.folds:
+            return make_mesh(self.given(), devices, rules=self.rules)
+        there = make_mesh(self.given(), devices)  # says what is wrong with the sizes, and what -1 stands for
+        return self._plan(dict(there.shape)).mesh(devices, rules=self.rules)
+
+    def _plan(self, sizes: Mapping[str, int]) -> ParallelPlan:
+        return ParallelPlan(
+            tp=sizes["tensor"],
+            cp=sizes.get("sequence", 1),
+            dp=sizes["data"] * sizes["fsdp"],
+            fsdp=sizes["fsdp"],
+            ep=self.experts.expert or 1,
+            etp=self.experts.tensor,
+        )
 
 
 @dataclass(frozen=True)
