@@ -185,7 +185,7 @@ def _train(setting: Setting, model: Any, execution: str, shelf: Shelf) -> Arm:
     def create() -> state.TrainState:
         return state.create(model, optimizer, metrics, seed=0)
 
-    places = state.shardings(jax.eval_shape(create), model, setting.mesh)
+    places = state.shardings(jax.eval_shape(create), model, setting.mesh, offload=optimizer.offload)
     slot = shelf.slot(create, places)
     jitted = step.make_train_step(model, task, optimizer, shardings=places, batch_sharding=setting.rows)
     compiled, seconds = _compile(jitted, setting.mesh, slot.value, batch)

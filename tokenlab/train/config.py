@@ -101,6 +101,8 @@ class OptimizerConfig:
         clip: largest global gradient norm, > 0; None = not clipped.
         accumulate: microbatches per step, >= 1; it must divide `config.batch_size`.
         ema: decay in (0, 1) of the moving average of parameters that evaluation uses; None = none is kept.
+        offload: what the optimizer remembers of each parameter (its moments) lies in the host's memory, and comes to
+            the devices for the update only.
         options: further keyword arguments of the factory, such as {"b2": 0.95}.
     """
 
@@ -114,6 +116,7 @@ class OptimizerConfig:
     clip: float | None = 1.0
     accumulate: int = 1
     ema: float | None = None
+    offload: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

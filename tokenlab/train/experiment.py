@@ -146,7 +146,7 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """The train state as ShapeDtypeStructs that carry their shardings."""
         shapes = jax.eval_shape(self._create, jax.ShapeDtypeStruct((), np.uint32))
-        places = state.shardings(shapes, self.model, self.mesh)
+        places = state.shardings(shapes, self.model, self.mesh, offload=self.optimizer.offload)
         return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
     @property

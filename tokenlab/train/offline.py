@@ -32,6 +32,7 @@ class Offline:
       state_bytes: of parameters, optimizer and batch, on each device.
       temporary_bytes: of what the step needs besides, on each device.
       fixed_bytes: of parameters, optimizer and whatever else is state, on each device: all but the batch.
+      host_bytes: of the optimizer, in the host's memory for each device (`config.optimizer.offload`).
     """
 
     compiled: Any
@@ -40,6 +41,7 @@ class Offline:
     state_bytes: int
     temporary_bytes: int
     fixed_bytes: int
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -73,7 +75,7 @@ def compile_step(
     names = metric_names(model, task, model.abstract_state(), batch)
     shapes = jax.eval_shape(lambda: states.create(model, optimizer, names, config.seed))
     made = make_mesh(mesh, devices, rules=config.mesh.rules)
-    places = states.shardings(shapes, model, made)
+    places = states.shardings(shapes, model, made, offload=optimizer.offload)
     rows = row_sharding(made)
     start = time.perf_counter()
     with jax.set_mesh(made):
@@ -81,14 +83,13 @@ def compile_step(
         compiled = step.lower(shapes, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    fixed = sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-    )
-    return Offline(
-        compiled, made, seconds, int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes), fixed
-    )
+    held = {False: 0, True: 0}  # on devices, on their hosts
+    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            held[place.memory_kind == states.HOST] += size
+    sizes = (int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes))
+    return Offline(compiled, made, seconds, *sizes, held[False], held[True])
 
 
 def _clock(

@@ -228,6 +228,7 @@ class Optimizer:
         ema_decay: decay of the moving average of parameters, or None.
         description: one line for people.
         only: patterns of the parameters that are trained, see `trained`.
+        offload: its state lies in the memory of the host, see `tokenlab.train.offload`.
     """
 
     transform: optax.GradientTransformation
@@ -237,6 +238,7 @@ class Optimizer:
     ema_decay: float | None
     description: str
     only: tuple[str, ...] = ()
+    offload: bool = False
 
     def init(self, params: Any) -> Any:
         """Optimizer state of `params` (works under `jax.eval_shape`)."""
@@ -338,6 +340,14 @@ def build(config: OptimizerConfig, steps: int, clock: schedules.Clock | None = N
     parts += [f"clipped at {config.clip:g}"] if config.clip is not None else []
     parts += [f"{config.accumulate} microbatches"] if config.accumulate > 1 else []
     parts += [f"moving average {config.ema:g}"] if config.ema is not None else []
+    parts += ["state in host memory"] if config.offload else []
     return Optimizer(
-        transform, schedule, config.clip, config.accumulate, config.ema, "; ".join(parts), tuple(config.only)
+        transform,
+        schedule,
+        config.clip,
+        config.accumulate,
+        config.ema,
+        "; ".join(parts),
+        tuple(config.only),
+        config.offload,
     )

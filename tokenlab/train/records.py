@@ -49,8 +49,12 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.threads",
     "data.workers",
+    "model.execution",
+    "model.remat",
+    "optimizer.offload",
 )
-"""Keys of the configuration that may be others when a run goes on; so may those of `mesh`: it may go on elsewhere."""
+"""Keys of the configuration that may be others when a run goes on, as they change how numbers are worked out and not
+which; so may those of `mesh`: it may go on elsewhere."""
 
 TOKENIZER = "tokenizer.json"
 """The vocabulary that a run on text trained with, in its workdir, unless it is bytes."""

@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tokenlab.core.errors import NonFiniteError
+from tokenlab.core.errors import NonFiniteError, ShardingError
 from tokenlab.layers.statistics import STATISTICS, join, split
 from tokenlab.sharding import rules
 from tokenlab.sharding.rules import path_of
@@ -108,29 +108,45 @@ def wrap(params: Any, optimizer: Optimizer, metric_names: tuple[str, ...], key: 
     )
 
 
-def shardings(abstract: TrainState, model: Any, mesh: Mesh) -> TrainState:
+HOST = "pinned_host"
+"""The kind of memory that is the host's, in pages that its devices read and write by themselves."""
+
+
+def shardings(abstract: TrainState, model: Any, mesh: Mesh, *, offload: bool = False) -> TrainState:
     """Where every leaf of the state lives: parameters, their averages and moments by the model's logical axes.
 
     Args:
         abstract: the state as ShapeDtypeStructs, from `jax.eval_shape(create, ...)`.
         model: has `logical_axes()`.
         mesh: axes data, fsdp, tensor, expert.
+        offload: what the optimizer remembers of each parameter lies in the host's memory (`Optimizer.offload`).
 
     Returns:
         A TrainState of NamedSharding; scalars, the key, the metric sums and statistics are replicated.
 
     Raises:
-        ShardingError: a leaf no rule matches, or an axis that does not divide.
+        ShardingError: a leaf no rule matches, an axis that does not divide, or devices that cannot reach their host's
+            memory.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     whole = rules.shardings(join(abstract.params, abstract.statistics), model.logical_axes(), mesh)
     params, statistics = split(whole)
+    moments = jax.tree.map(_on_host, params) if offload else params
     return jax.tree.map(lambda _: replicated, abstract).replace(
         params=params,
-        optimizer=rules.shardings_like(abstract.optimizer, abstract.params, params, mesh),
+        optimizer=rules.shardings_like(abstract.optimizer, abstract.params, moments, mesh),
         ema=None if abstract.ema is None else params,
         statistics=statistics,
     )
+
+
+def _on_host(place: NamedSharding) -> NamedSharding:
+    try:
+        return place.with_memory_kind(HOST)
+    except ValueError as error:
+        raise ShardingError(
+            f"config.optimizer.offload: {error}; expected devices that have {HOST} memory, or False."
+        ) from error
 
 
 def evaluation_params(state: TrainState) -> Any:

@@ -15,7 +15,7 @@ from tokenlab.core.errors import ConfigError
 from tokenlab.layers import statistics
 from tokenlab.layers.program import ItemStep, steps_of
 from tokenlab.train.optimizer import Optimizer, trained
-from tokenlab.train.state import Health, Metrics, TrainState, base_key, checked_inputs
+from tokenlab.train.state import HOST, Health, Metrics, TrainState, base_key, checked_inputs
 
 Batch = Mapping[str, Array]
 
@@ -228,7 +228,9 @@ def make_train_step(
         )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
-        return train_step(model, task, optimizer, state, batch, pin)
+        state = state.replace(optimizer=_moved(state.optimizer, shardings, jax.memory.Space.Device))
+        state, report = train_step(model, task, optimizer, state, batch, pin)
+        return state.replace(optimizer=_moved(state.optimizer, shardings, jax.memory.Space.Host)), report
 
     step.__name__ = "train_step"  # the program's name, which tells it from others in a trace
     if shardings is None:
@@ -238,6 +240,17 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding),
         out_shardings=(shardings, shardings.step),
         donate_argnums=0,
+    )
+
+
+def _moved(optimizer: Any, shardings: TrainState | None, space: Any) -> Any:
+    """An optimizer's state with what lies on the host between steps in the memory `space`."""
+    if shardings is None:
+        return optimizer
+    return jax.tree.map(
+        lambda leaf, place: jax.device_put(leaf, space) if place.memory_kind == HOST else leaf,
+        optimizer,
+        shardings.optimizer,
     )
 
 
