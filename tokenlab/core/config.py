@@ -102,6 +102,9 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     `4,4` or `(4, 4)`, and None is always None. Where there was None before, and in an open group such as
     `stack_vars`, the text is read as a Python literal if it is one, and else stays text.
 
+    A change also takes its key out of the rules of the devices (`hardware` in the same group as the key's first part),
+    so that it wins over them; a change in `mesh` takes all of `mesh` out, as its sizes belong together.
+
     Args:
       config: left as it is. In the copy, fields that refer to a changed field (`get_ref`) follow it.
       changes: dotted key without the leading "config." -> text, or a value of the right type.
@@ -124,7 +127,32 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         else:
             _require_key(group, name, path)
             _assign(group, name, value, f"{path}.{name}")
+    for key in changes:
+        _win_over_rules(found, key)
     return found
+
+
+def _win_over_rules(config: ConfigDict, key: str) -> None:
+    """Take a key that was changed out of what hardware rules set."""
+    parts = key.split(".")
+    for depth in range(len(parts)):
+        group = config
+        for parent in parts[:depth]:
+            group = group[parent]
+        rules, own = group.get("hardware") if isinstance(group, ConfigDict) else None, parts[depth:]
+        if isinstance(rules, tuple) and own[0] != "hardware":
+            gone = "mesh." if own[0] == "mesh" else ".".join(own)
+            group["hardware"] = tuple(_without(rule, gone) for rule in rules)
+
+
+def _without(rule: Any, gone: str) -> Any:
+    """A rule without a key in its `set`, or without all that begin with `gone` where that ends in a dot."""
+    if not isinstance(rule, Mapping | ConfigDict) or not isinstance(rule.get("set"), Mapping | ConfigDict):
+        return rule
+    stays = {
+        k: v for k, v in rule["set"].items() if k != gone and not (gone[-1] == "." and k.startswith(gone))
+    }
+    return {**rule, "set": stays}
 
 
 def _require_key(group: ConfigDict, name: str, path: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenlab.core.config import override, to_dataclass
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.stack import Span, fail, parse
-from tokenlab.train import schedule
+from tokenlab.train import hardware, schedule
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import TOKENIZER, read_config
 
@@ -97,7 +97,7 @@ def read(workdir: str | Path, overrides: Mapping[str, Any]) -> Settings:
     if (kept := Path(workdir) / TOKENIZER).is_file():
         config.data.tokenizer = str(kept)
     config.data.transform = config.data.eval_transform  # of training images, which nobody makes here
-    checked = to_dataclass(TrainConfig, config)
+    checked, _ = hardware.on(to_dataclass(TrainConfig, config))
     chosen = checked.model.get("stack")
     if "model.stack" not in overrides and checked.eval.stack is not None:
         chosen = checked.eval.stack

@@ -66,6 +66,11 @@ class Slice:
         """What Google Cloud calls the slice, such as "v5litepod-16"."""
         return f"{self.kind.accelerator}-{self.chips * self.kind.per_chip}"
 
+    @property
+    def device_kind(self) -> str:
+        """What rules for devices call its chips, "TPU v5e"."""
+        return f"TPU {next(name for name, kind in KINDS.items() if kind is self.kind)}"
+
 
 def tpu_slice(setting: str, text: str) -> Slice:
     """The slice called `text`, the kind of chip and the shape: "v5e:4x4", "v5p:4x4x8".

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ def run(
             env=chosen.env,
             batch_size=described.get("batch_size"),
             mesh=_mesh(described),
+            rules=_rules(described),
         )
         return module.build(chosen, job), job
 
@@ -117,8 +118,8 @@ def text(target: str, plan: Plan, job: Job) -> str:
     several = plan.together and len(plan.commands) > 1
     lines = [shell(words) + " &" * several for words in plan.commands] + ["wait"] * several
     parts.append("\n# run\n" + "".join(f"{line}\n" for line in lines))
-    if plan.notes:
-        parts.append("\n" + "".join(f"# {note}\n" for note in plan.notes))
+    if notes := (*(" ".join(line.split()) for line in job.told), *plan.notes):
+        parts.append("\n" + "".join(f"# {note}\n" for note in notes))
     return "".join(parts)
 
 
@@ -181,6 +182,22 @@ def _mesh(described: Any) -> dict[str, int]:
     mesh = described.get("mesh")
     sizes = {axis: mesh[axis] for axis in SIZES if axis in mesh} if mesh else {}
     return sizes if all(type(size) is int for size in sizes.values()) else {}
+
+
+def _rules(described: Any) -> Callable[[str, int], tuple[Mapping[str, int], str]] | None:
+    """What the rules for devices of a configuration come to, see `Job.rules`."""
+    if not described.get("hardware"):
+        return None
+    from tokenlab.train import hardware
+    from tokenlab.train.config import TrainConfig
+
+    config = core_config.to_dataclass(TrainConfig, described)
+
+    def there(kind: str, devices: int) -> tuple[Mapping[str, int], str]:
+        found, rule = hardware.applied(config, kind, devices)
+        return found.mesh.given(), str(rule)
+
+    return there
 
 
 def _in_order(commands: tuple[tuple[str, ...], ...]) -> int:

@@ -52,7 +52,7 @@ def build(config: Config, job: Job) -> Plan:
     tpu = tpu_slice("--launch.topology", config.topology)
     job.check_remote("what a pod writes to its own disk is gone when it restarts")
     what = f"{config.slices} x {config.topology}"
-    job.check_sizes(config.slices * tpu.hosts, config.slices * tpu.chips, what)
+    job.check_sizes(config.slices * tpu.hosts, config.slices * tpu.chips, what, tpu.device_kind)
     image, dockerfile, making = build_image(config, job, "tpu")
     # XPK puts the command into a block of YAML as it is, and Kubernetes replaces $(NAME) in it before bash reads it.
     environment = (f"{name}={one_line(text)}" for name, text in job.environment(IMAGE_CODE).items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +46,9 @@ class Job:
       env: environment variables of the processes.
       batch_size: examples a step, over all processes; None where the configuration does not say.
       mesh: devices by mesh axis, -1 for the rest; {} where the configuration does not say.
+      rules: of a configuration with rules for devices (`tokenlab.train.hardware`), what they come to: kind and number
+        of devices -> (`mesh` there, a line that says which rule holds); None of one without.
+      told: lines for people that checking adds.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     batch_size: int | None = None
     mesh: Mapping[str, int] = field(default_factory=dict)
+    rules: Callable[[str, int], tuple[Mapping[str, int], str]] | None = None
+    told: list[str] = field(default_factory=list)
 
     @property
     def remote(self) -> bool:
@@ -84,26 +89,34 @@ class Job:
             found["TOKENLAB_METHODS"] = ":".join(f"{code}/methods/{i}" for i in range(self.methods))
         return found | dict(self.env)
 
-    def check_sizes(self, processes: int, devices: int | None, what: str) -> None:
+    def check_sizes(self, processes: int, devices: int | None, what: str, kind: str | None = None) -> None:
         """Raise a ConfigError when the batch or the mesh does not fit that many processes and devices.
 
         Args:
           processes: over which the batch is divided.
           devices: of all processes together; None where only the machine knows.
           what: has them, for the message.
+          kind: of the devices, as rules for devices name it; None where only the machine knows.
         """
         if self.batch_size is not None and self.batch_size % processes:
             raise ConfigError(
                 f"config.batch_size is {self.batch_size}, which does not divide over the {processes} processes of "
                 f"{what}: give a multiple of {processes}."
             )
-        if devices is None or not self.mesh:
+        mesh = self.mesh
+        if self.rules is not None:
+            if kind is None or devices is None:
+                self.told.append(
+                    "hardware: which rule holds is known on the devices; tokenlab train says it there"
+                )
+                return
+            mesh, said = self.rules(kind, devices)
+            self.told.append(said)
+        if devices is None or not mesh:
             return
-        known = math.prod(size for size in self.mesh.values() if size != -1)
-        shown = (
-            " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size != 1) or "of one device"
-        )
-        if -1 in self.mesh.values():
+        known = math.prod(size for size in mesh.values() if size != -1)
+        shown = " x ".join(f"{axis}={size}" for axis, size in mesh.items() if size != 1) or "of one device"
+        if -1 in mesh.values():
             if devices % known:
                 raise ConfigError(
                     f"config.mesh {shown}: the {devices} devices of {what} cannot be split by {known}; change the "

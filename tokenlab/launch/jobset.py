@@ -96,7 +96,7 @@ def build(config: Config, job: Job) -> Plan:
         )
     if tpu is not None:
         what = f"{config.slices} x {config.topology}"
-        job.check_sizes(config.slices * tpu.hosts, config.slices * tpu.chips, what)
+        job.check_sizes(config.slices * tpu.hosts, config.slices * tpu.chips, what, tpu.device_kind)
     else:
         job.check_sizes(config.pods, config.pods * config.gpus or None, f"{config.pods} pods")
     image, dockerfile, making = build_image(config, job, "tpu" if tpu else "gpu" if config.gpus else "")

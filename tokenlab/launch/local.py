@@ -53,7 +53,8 @@ def build(config: Config, job: Job) -> Plan:
             f"--launch.python={python}: expected a path without '=', which `env` reads as a variable."
         )
     what = f"{config.processes} processes on this machine"
-    job.check_sizes(config.processes, config.processes * config.devices if config.devices else None, what)
+    devices = config.processes * config.devices if config.devices else None
+    job.check_sizes(config.processes, devices, what, "cpu" if config.platform == "cpu" else None)
     code = str(job.snapshot)
     commands = []
     for index in range(config.processes):

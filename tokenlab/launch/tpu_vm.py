@@ -135,7 +135,7 @@ def build(config: Config, job: Job) -> Plan:
         job.check_remote(
             "the TPU's disk is deleted with it when the run has ended (or give --launch.keep=True)"
         )
-    job.check_sizes(hosts, config.slices * tpu.chips, what)
+    job.check_sizes(hosts, config.slices * tpu.chips, what, tpu.device_kind)
     nodes = (f"--node-id={job.name}",)
     if config.slices > 1:
         nodes = (f"--node-count={config.slices}", f"--node-prefix={job.name}")

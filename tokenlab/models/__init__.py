@@ -96,13 +96,21 @@ def build(
     Raises:
       NameLookupError, ConfigError, StackError, ShapeError: what does not fit, said in one line.
     """
-    settings = dict(settings)
-    module = names.find("tokenlab.models", settings.pop("name", "vit"))
-    if stack is not None:
-        settings["stack"] = stack
-    if hasattr(module, "current"):
-        settings = module.current(settings)
-    config = to_dataclass(module.Config, settings, path="config.model")
+    module, config = _read(settings if stack is None else {**settings, "stack": stack})
     return module.build(
         config, spec=spec, num_outputs=num_outputs, stack_vars=dict(stack_vars or {}), train=train
     )
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise a NameLookupError or ConfigError for settings that no model has, or values that are not of their type."""
+    _read(settings)
+
+
+def _read(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The module of a model, and its settings."""
+    settings = dict(settings)
+    module = names.find("tokenlab.models", settings.pop("name", "vit"))
+    if hasattr(module, "current"):
+        settings = module.current(settings)
+    return module, to_dataclass(module.Config, settings, path="config.model")

@@ -30,6 +30,7 @@ from tokenlab.data.outline import outline
 from tokenlab.sharding import rules
 from tokenlab.sharding.topology import topology
 from tokenlab.sharding.traffic import Traffic, traffic
+from tokenlab.train import hardware as hardware_rules
 from tokenlab.train import schedule
 from tokenlab.train.compilation import cache_folder
 from tokenlab.train.config import TrainConfig
@@ -64,6 +65,7 @@ class CompileReport:
       roofline: the least time of a step; None where the chip's figures or the collectives are not known.
       batch_that_fits: about the largest batch that would fit, a multiple of the devices that share it; None as above.
       compile_seconds: that compiling took.
+      rule: the rule of `config.hardware` that holds there, in one line; None of a configuration without rules.
     """
 
     config: str
@@ -81,6 +83,7 @@ class CompileReport:
     roofline: Roofline | None
     batch_that_fits: int | None
     compile_seconds: float
+    rule: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with bytes and FLOPs as integers, and seconds."""
@@ -122,7 +125,7 @@ class CompileReport:
         if self.roofline is not None:
             shown.add_row("least time of a step", self._time(self.roofline))
         shown.add_row("compiled in", f"{self.compile_seconds:.0f} s")
-        return Group(shown, Text(self.verdict))
+        return Group(shown, *([] if self.rule is None else [Text(self.rule)]), Text(self.verdict))
 
     @property
     def verdict(self) -> str:
@@ -177,6 +180,7 @@ def compile_report(
       TokenLabError: what is wrong with the configuration, or data that is not here and that nothing describes.
     """
     config = to_dataclass(TrainConfig, config)
+    config, rule = hardware_rules.on(config) if where == HERE else hardware_rules.at(config, where)
     facts, task = outline(config.data), tasks.build(config.task)
     outputs = task.num_outputs(facts) if num_outputs is None else num_outputs
     with contextlib.nullcontext() if where == HERE else one_at_a_time():
@@ -184,7 +188,10 @@ def compile_report(
         sizes = _whole(mesh, len(devices)) if mesh else config.mesh.sizes(len(devices))
         made, over = None, None
         try:
-            made = compile_step(config, facts.spec, outputs, devices, sizes)
+            with hardware_rules.told(rule):
+                made = compile_step(
+                    config, facts.spec, outputs, devices, sizes, xla=rule.xla if rule is not None else None
+                )
         except jax.errors.JaxRuntimeError as error:
             if (over := used_bytes(str(error))) is None:
                 raise
@@ -213,6 +220,7 @@ def compile_report(
         roofline=_roofline(cost, config, hardware, len(devices), sent),
         batch_that_fits=_largest(made, memory, config.batch_size),
         compile_seconds=0.0 if made is None else made.seconds,
+        rule=None if rule is None else str(rule),
     )
 
 

@@ -253,6 +253,38 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class HardwareRule:
+    """What a run changes on some devices: where things lie and how they are worked out, not what is learned.
+
+    Of `TrainConfig.hardware` the first rule that fits the devices holds (`tokenlab.train.hardware`).
+
+    Attributes:
+        kind: of the devices: a name of `tokenlab.cost.hardware` ("TPU v5e"), or what jax calls them ("cpu"); * stands
+            for any text.
+        devices: how many there are, of all processes; None = any number.
+        set: key -> value, as of --config.KEY=VALUE, for keys of `tokenlab.train.hardware.MAY_SET`.
+        xla: options of the compiler for train steps: {"xla_tpu_enable_latency_hiding_scheduler": "true"}.
+        step_seconds: that a train step takes there, > 0.
+        basis: "measured" on such devices, or "estimated": the least time by a roofline.
+        source: of `step_seconds`, as a rule the command that gave it.
+    """
+
+    kind: str
+    step_seconds: float
+    basis: Literal["measured", "estimated"]
+    source: str
+    devices: int | None = None
+    set: Mapping[str, Any] = field(default_factory=dict)
+    xla: Mapping[str, str | bool | int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _number("hardware: step_seconds", self.step_seconds, self.step_seconds > 0, "seconds > 0")
+        _require(bool(self.source.strip()), "hardware: source", self.source, "where step_seconds is from")
+        if self.devices is not None:
+            _whole("hardware: devices", self.devices, 1, "a number of devices >= 1, or None for any")
+
+
+@dataclass(frozen=True)
 class InitFrom:
     """Parameters to start from.
 
@@ -295,6 +327,7 @@ class TrainConfig:
         keep_checkpoints: newest checkpoints that are kept (the best one is kept besides), >= 1.
         model, task, data: what `models.build`, `tasks.build` and `data.build` read.
         stack_vars: values of the names in the stack: numbers, or schedules such as "0:1.0, 1000:0.5".
+        hardware: what is other on some devices: of these rules, dicts in a file, the first that fits.
         compilation_cache: True = in the user's cache directory, False = off, or a directory. The environment
             variable JAX_COMPILATION_CACHE_DIR wins over True.
         transfer_guard: implicit transfers between host and devices inside the loop are errors.
@@ -316,6 +349,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init_from: InitFrom = field(default_factory=InitFrom)
+    hardware: tuple[HardwareRule, ...] = ()
     compilation_cache: bool | str = True
     transfer_guard: bool = True
 

@@ -27,7 +27,7 @@ from tokenlab.layers.statistics import join
 from tokenlab.sharding import agree
 from tokenlab.sharding.rows import RowLayout
 from tokenlab.sharding.rules import axes_of, path_of, row_sharding, sizes_of
-from tokenlab.train import costs, initialize, schedule, state, step, token_clock
+from tokenlab.train import costs, hardware, initialize, schedule, state, step, token_clock
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.evaluation import Evaluated, Evaluator, place
@@ -77,6 +77,7 @@ class Experiment:
         stack_vars: numbers in the stack by step.
         models: training model for each set of numbers, by `schedule.values_key`.
         metric_names: what a train step sums.
+        hardware: which of the configuration's rules for devices holds; None of one without rules.
         skipped: records of this process's training rows that could not be read, as they turn up.
     """
 
@@ -89,6 +90,7 @@ class Experiment:
     stack_vars: schedule.StackVars
     models: Mapping[str, Any]
     metric_names: tuple[str, ...]
+    hardware: hardware.Applied | None = None
     skipped: set[int] = field(default_factory=set)
     _eval_models: dict[str, Any] = field(default_factory=dict, repr=False)
     _evaluators: dict[Any, Evaluator] = field(default_factory=dict, repr=False)
@@ -235,6 +237,7 @@ class Experiment:
                 self.optimizer,
                 shardings=self.state_shardings,
                 batch_sharding=self.batch_sharding,
+                xla=None if self.hardware is None else self.hardware.xla,
             )
         return self._steps[name]
 
@@ -247,7 +250,7 @@ class Experiment:
         key = self.values(at)
         if key not in self._compiled:
             started = time.perf_counter()
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), hardware.told(self.hardware):
                 run = self.train_step(at).lower(state, batch).compile()
             seconds = time.perf_counter() - started
             self._compiled[key] = CompiledStep(run, self.step_cost(at).model_flops, seconds, peak_bytes(run))
@@ -311,6 +314,7 @@ class Experiment:
             "grid": list(getattr(self.model, "grid", ())) or None,
             "optimizer": self.optimizer.description,
             "mesh": sizes_of(self.mesh),
+            **({} if self.hardware is None else {"hardware": self.hardware.facts()}),
             "cost_table": self._tables[0],
         }
 
@@ -353,7 +357,7 @@ def build(
     Raises:
         TokenLabError: the first thing that is wrong, in one line; nothing was written anywhere.
     """
-    config = to_dataclass(TrainConfig, config)
+    config, rule = hardware.on(to_dataclass(TrainConfig, config))
     task = tasks.build(config.task)
     by_tokens = config.optimizer.schedule.clock != "steps"
     optimizer = None if by_tokens else optimizers.build(config.optimizer, config.steps)
@@ -372,7 +376,7 @@ def build(
     if optimizer is None:
         clock = token_clock.build(config.optimizer.schedule.clock, variables, built, config.steps, task)
         optimizer = optimizers.build(config.optimizer, config.steps, clock)
-    experiment = Experiment(config, source, stream, task, mesh, optimizer, variables, built, metric_names=())
+    experiment = Experiment(config, source, stream, task, mesh, optimizer, variables, built, (), rule)
     batch = experiment.batch_shapes
     for model in built.values():
         _check_together(model, *_train_rows(config), mesh, train=True)

@@ -183,6 +183,8 @@ class Trainer:
         `told` are notes on what was loaded.
         """
         notes = [*self.folder.notes, *told]
+        if self.experiment.hardware is not None:
+            notes.append(str(self.experiment.hardware))
         restored = self.checkpoints.restore_latest(self.experiment.abstract_state)
         if restored is None:
             self.state = self.experiment.init(loaded)

@@ -50,7 +50,13 @@ class Offline:
 
 
 def compile_step(
-    config: TrainConfig, spec: Spec, num_outputs: int, devices: Sequence[Any], mesh: Mapping[str, int]
+    config: TrainConfig,
+    spec: Spec,
+    num_outputs: int,
+    devices: Sequence[Any],
+    mesh: Mapping[str, int],
+    *,
+    xla: Mapping[str, Any] | None = None,
 ) -> Offline:
     """Compile the train step of `config` for `devices`, from shapes alone: no data is read and nothing is run.
 
@@ -60,6 +66,7 @@ def compile_step(
       num_outputs: logits.
       devices: of `tokenlab.sharding.topology.topology`, or real ones.
       mesh: devices per axis, see `tokenlab.sharding.mesh.make_mesh`.
+      xla: options of the compiler, by its names for them.
 
     Raises:
       TokenLabError: what does not fit. What the compiler raises, such as too little memory, passes through.
@@ -79,7 +86,7 @@ def compile_step(
     rows = row_sharding(made)
     start = time.perf_counter()
     with jax.set_mesh(made):
-        step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows)
+        step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows, xla=xla)
         compiled = step.lower(shapes, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()

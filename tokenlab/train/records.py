@@ -38,6 +38,7 @@ from tokenlab.train.config import completed
 from tokenlab.train.metrics_file import MetricsFile
 
 MAY_CHANGE = (
+    "hardware",
     "steps",
     "log_every",
     "eval_every",

@@ -212,6 +212,7 @@ def make_train_step(
     *,
     shardings: TrainState | None = None,
     batch_sharding: NamedSharding | None = None,
+    xla: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
     """The compiled train step: (state, batch) -> (state, report). The state that goes in is donated.
 
@@ -220,6 +221,7 @@ def make_train_step(
         optimizer: from `tokenlab.train.optimizer.build`.
         shardings: of the state, in and out; None = wherever the arrays are (one device).
         batch_sharding: of every batch leaf, [B, ...] over its first axis; given with `shardings`.
+        xla: options of the compiler, by its names for them.
     """
 
     def pin(gradients: Any) -> Any:
@@ -234,12 +236,13 @@ def make_train_step(
 
     step.__name__ = "train_step"  # the program's name, which tells it from others in a trace
     if shardings is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=dict(xla or {}))
     return jax.jit(
         step,
         in_shardings=(shardings, batch_sharding),
         out_shardings=(shardings, shardings.step),
         donate_argnums=0,
+        compiler_options=dict(xla or {}),
     )
 
 
