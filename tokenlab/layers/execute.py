@@ -22,6 +22,7 @@ from tokenlab.layers.block import Depth
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.program import DEPTH, SHARED, BlockStep, ItemStep, Kind, Loop, Program, Step
 from tokenlab.sharding.constrain import constrain
+from tokenlab.sharding.target import target_platform
 
 Execution: TypeAlias = Literal["auto", "scan", "unroll"]
 DropPathRates: TypeAlias = Literal["linear", "constant"]
@@ -63,7 +64,7 @@ class TracePoint:
 def resolve_execution(execution: Execution, depth: int) -> Literal["scan", "unroll"]:
     """What "auto" means here: unrolled for up to 16 blocks on CPU, scanned otherwise. Raises ConfigError."""
     if execution == "auto":
-        return "unroll" if jax.default_backend() == "cpu" and depth <= UNROLL_ON_CPU else "scan"
+        return "unroll" if target_platform() == "cpu" and depth <= UNROLL_ON_CPU else "scan"
     if execution not in ("scan", "unroll"):
         raise ConfigError(
             f"execution {execution!r} is unknown.{suggest(execution, ['auto', 'scan', 'unroll'])}"

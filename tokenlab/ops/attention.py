@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
+from tokenlab.sharding.target import target_platform
 
 Implementation = Literal["xla", "cudnn"]
 IMPLEMENTATIONS = ("xla", "cudnn")
@@ -225,9 +226,9 @@ def _cudnn(q, k, v, more, *, visible, scale) -> jax.Array:
         raise TokenLabError(
             f'implementation "cudnn" takes bfloat16 or float16, not {q.dtype}, {k.dtype}, {v.dtype}; cast, or use None.'
         )
-    if jax.default_backend() != "gpu":
+    if target_platform() != "gpu":
         raise TokenLabError(
-            f'implementation "cudnn" needs an NVIDIA GPU, not {jax.default_backend()}; use "xla" or None.'
+            f'implementation "cudnn" needs an NVIDIA GPU, not {target_platform()}; use "xla" or None.'
         )
     if visible is not None:
         visible = jnp.broadcast_to(visible, (q.shape[0], 1, q.shape[1], k.shape[1]))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
+from tokenlab.sharding.target import target_platform
 
 Exchange: TypeAlias = Literal["padded", "ragged"]
 EXCHANGES = ("padded", "ragged")
@@ -41,7 +42,7 @@ class Sent(NamedTuple):
 
 def check_exchange(implementation: str | None) -> str:
     """The implementation to run. Raises TokenLabError when it is unknown or cannot run here."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = target_platform() == "cpu"
     if implementation is None:
         return "padded" if cpu else "ragged"
     if implementation not in EXCHANGES:

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, get_abstract_mesh
 
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
+from tokenlab.sharding.target import target_platform
 
 Implementation: TypeAlias = Literal["ragged", "blocks", "dense", "megablox", "tokamax"]
 IMPLEMENTATIONS = ("ragged", "blocks", "dense", "megablox", "tokamax")
@@ -86,7 +87,7 @@ def _check_sizes(sizes: Array, rows: int) -> None:
 
 def check_implementation(implementation: str | None) -> str:
     """The implementation to run. Raises TokenLabError when it is unknown or cannot run here."""
-    backend = jax.default_backend()
+    backend = target_platform()
     if implementation is None:
         return "blocks" if backend == "cpu" else "ragged"
     if implementation not in IMPLEMENTATIONS:
