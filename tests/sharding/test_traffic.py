@@ -61,6 +61,42 @@ def test_a_loop_that_says_its_trips_in_its_condition_alone() -> None:
     assert [times for _, times in executed(text)] == [18, 1]
 
 
+SPREAD = """
+HloModule step
+
+%begins (x: f32[8,16]) -> (f32[8,16], f32[32,16]) {
+  %x = f32[8,16]{1,0} parameter(0)
+  %g.1 = f32[32,16]{1,0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %c = (f32[8,16], f32[32,16]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (x: f32[8,16], g: f32[32,16]) -> (f32[8,16], f32[32,16]) {
+  %x = f32[8,16]{1,0} parameter(0)
+  %g.2 = f32[32,16]{1,0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %t = (f32[8,16], f32[32,16]) tuple(%x, %g.2)
+}
+
+%alone (x: f32[8,16]) -> f32[32,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  ROOT %g.3 = f32[32,16]{1,0} all-gather(%x), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[32,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %s = (f32[8,16], f32[32,16]) fusion(%a), kind=kCustom, calls=%begins
+  %u = (f32[8,16], f32[32,16]) fusion(%s), kind=kCustom, calls=%goes_on
+  %v = (f32[8,16], f32[32,16]) fusion(%u), kind=kCustom, calls=%goes_on
+  ROOT %g = f32[32,16]{1,0} fusion(%v), kind=kCustom, calls=%alone
+}
+"""
+
+
+def test_a_collective_that_is_spread_over_fusions_runs_once() -> None:
+    (gathered,) = traffic(SPREAD, 4)
+    assert (gathered.kind, gathered.count, gathered.bytes) == ("all-gather", 2, 2 * 2048 * 3 // 4)
+    assert gathered.largest == 2048
+
+
 def test_a_loop_whose_trips_are_not_known_is_an_error() -> None:
     unknown = LOOP.replace('"known_trip_count":{"n":"5"}', "")
     with pytest.raises(ShardingError, match="all-reduce .* runs in a loop whose trips"):

@@ -76,10 +76,11 @@ class Collective:
         """Whether devices that differ along one of the mesh axes `axes` take part together."""
         shape = tuple(mesh.shape.values())
         watched = [mesh.axis_names.index(axis) for axis in axes]
-        groups = (range(mesh.size),) if self.groups is None else self.groups
-        for group in groups:
-            places = np.stack(np.unravel_index(np.asarray(group), shape))
-            if any(len(set(places[axis])) > 1 for axis in watched):
+        groups = (tuple(range(mesh.size)),) if self.groups is None else self.groups
+        for size in {len(group) for group in groups}:
+            alike = np.asarray([group for group in groups if len(group) == size])
+            places = np.stack(np.unravel_index(alike, shape))[watched]
+            if (places != places[..., :1]).any():
                 return True
         return False
 

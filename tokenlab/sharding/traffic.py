@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CHANNEL = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = .*\bchannel_id=(\d+)")
+_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _COMPARE = re.compile(r"ROOT .* compare\(([^)]*)\), direction=LT")
 
 
@@ -29,15 +31,20 @@ class Traffic:
       kind: "all-gather", "all-reduce", ...
       count: how often one runs each time the program does, loops included.
       bytes: that each device sends for them.
+      largest: bytes of the largest result of one, on a device.
     """
 
     kind: str
     count: int
     bytes: int
+    largest: int
 
 
 def executed(compiled: Any) -> list[tuple[Collective, int]]:
     """Each collective of a program, and how often it runs each time the program does.
+
+    The compiler for TPUs may spread one over several fusions, which begin it, go on with it beside their own work, and
+    end it; each holds the instruction, under one channel. Those that begin it are counted.
 
     Args:
       compiled: what `jax.jit(f).lower(...).compile()` gives, or HLO text.
@@ -48,9 +55,14 @@ def executed(compiled: Any) -> list[tuple[Collective, int]]:
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     bodies = dict(_computations(text))
     times = _times(bodies)
+    begun = {name for name, lines in bodies.items() if any(_BEGINS in line for line in lines)}
+    apart = {channel for name in begun for channel in _channels(bodies[name]).values()}
     found = []
     for name, lines in bodies.items():
+        channels = _channels(lines)
         for collective in collectives("\n".join(lines)):
+            if name not in begun and channels.get(collective.name) in apart:
+                continue  # goes on with what another fusion has begun
             if (
                 name in times
             ):  # else nothing calls it: an operand's type could not be told from its own computation
@@ -87,12 +99,29 @@ def sent(collective: Collective, devices: int) -> int:
 
 def traffic(compiled: Any, devices: int) -> list[Traffic]:
     """By kind, what a program's collectives send each time it runs, the most first; see `executed` and `sent`."""
+    return summed(executed(compiled), devices)
+
+
+def summed(found: Iterable[tuple[Collective, int]], devices: int) -> list[Traffic]:
+    """By kind, what collectives send that run so often, the most first.
+
+    Args:
+      found: some of what `executed` gives.
+      devices: of the program.
+    """
     counts: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for collective, times in executed(compiled):
+    largest: Counter[str] = Counter()
+    for collective, times in found:
         counts[collective.kind] += times
         total[collective.kind] += times * sent(collective, devices)
-    return [Traffic(kind, counts[kind], total[kind]) for kind, _ in total.most_common()]
+        largest[collective.kind] = max(largest[collective.kind], collective.bytes)
+    return [Traffic(kind, counts[kind], total[kind], largest[kind]) for kind, _ in total.most_common()]
+
+
+def _channels(lines: Iterable[str]) -> dict[str, str]:
+    """Instruction -> its channel, of those that have one."""
+    return {found[1]: found[2] for line in lines if (found := _CHANNEL.search(line))}
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
