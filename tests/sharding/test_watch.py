@@ -97,7 +97,7 @@ class Ended(threading.Event):
         self.set()
 
 
-def watches(count: int, **options: Any) -> list[tuple[Watch, Ended]]:
+def watches(count: int, host_timeout: float = 1.0, **options: Any) -> list[tuple[Watch, Ended]]:
     store, found = Store(), []
     for me in range(count):
         ended = Ended()
@@ -106,7 +106,7 @@ def watches(count: int, **options: Any) -> list[tuple[Watch, Ended]]:
             me,
             NAMES,
             "localhost:1",
-            host_timeout=1.0,
+            host_timeout=host_timeout,
             stuck_timeout=100,
             end=ended,
             interval=0.02,
@@ -137,6 +137,30 @@ def test_an_error_of_one_reaches_the_others(capfd: pytest.CaptureFixture[str]) -
     assert (first_ended.status, third_ended.status) == (2, 2)
     assert "process 1 (b, pid 11) stopped: record 7 cannot be read" in capfd.readouterr().err
     first._close(), third._close()
+
+
+def test_a_crash_is_told_as_soon_as_all_others_have_shown_that_they_live() -> None:
+    (first, first_ended), (second, _), (third, _) = watches(3, host_timeout=60.0)
+    begun = time.monotonic()
+    second.wait_for_verdict()
+    assert time.monotonic() - begun < 20
+    second.fail("list index out of range", 1)
+    assert first_ended.wait(20) and first_ended.status == 1
+    for each in (first, second, third):
+        each._close()
+
+
+def test_a_crash_waits_for_the_verdict_on_one_that_is_silent() -> None:
+    (first, _), (second, _), (third, _) = watches(3, host_timeout=60.0)
+    while second._judge.counts()[2] < 1:
+        time.sleep(0.01)
+    third._stop.set()  # it dies: of its heartbeats one may be under way
+    third._thread.join()
+    waits = threading.Thread(target=second.wait_for_verdict, daemon=True)
+    waits.start()
+    waits.join(1.0)
+    assert waits.is_alive()
+    first._close(), second._close()
 
 
 def test_all_wait_for_the_last(capfd: pytest.CaptureFixture[str]) -> None:

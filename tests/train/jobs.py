@@ -66,11 +66,15 @@ def job(
     devices: int,
     *flags: str,
     command: str = "train",
+    first: Mapping[int, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Job]:
     """Starts a job of `processes` x `devices`; what is still at work at the end is killed.
 
     Args:
         overrides: of the configuration, or a mapping of them by process id.
+        first: Python that a process runs before its command, by process id.
+        variables: of the environment.
     """
     environment = {
         **os.environ,
@@ -78,11 +82,15 @@ def job(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # nearly all of the time would be compiling
+        **(variables or {}),
     }
     address, running, outputs = free_address(), [], []
     for index in range(processes):
         found = overrides.get(index, overrides)
-        words = [sys.executable, "-m", "tokenlab.cli", command, f"--workdir={workdir}", *flags]
+        program = ["-m", "tokenlab.cli"]
+        if first and index in first:
+            program = ["-c", f"{first[index]}\nimport sys\nfrom tokenlab.cli import main\nsys.exit(main())"]
+        words = [sys.executable, *program, command, f"--workdir={workdir}", *flags]
         words += [f"--config.{key}={value}" for key, value in found.items()]
         if command == "train":
             words += ["--config=configs/quickstart.py"]

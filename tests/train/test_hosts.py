@@ -130,3 +130,25 @@ def test_what_one_process_cannot_do_ends_all(tmp_path: Path) -> None:
         assert running.wait() == [2, 2], running.told()
         for index in (0, 1):
             assert "was started with another configuration than process 0: seed" in running.output(index)
+
+
+CRASH = """
+from tokenlab.train import loop
+prepare = loop.Trainer._prepare
+def crash(self, batch):
+    if self.step == 3:
+        raise ValueError("what nobody foresaw")
+    return prepare(self, batch)
+loop.Trainer._prepare = crash
+"""
+
+
+def test_a_crash_of_one_is_told_to_the_others_at_once(tmp_path: Path) -> None:
+    flags = ("--host-timeout=600", "--stuck-timeout=6000")
+    with job(tmp_path / "run", ALONE, 2, 1, *flags, first={1: CRASH}) as running:
+        running.until("step 1/")
+        begun = time.monotonic()
+        assert running.wait() == [1, 1], running.told()
+        assert time.monotonic() - begun < 120, running.told()
+        assert "stopped: what nobody foresaw" in running.output(0)
+        assert "ValueError: what nobody foresaw" in running.output(1)

@@ -232,9 +232,10 @@ def joined(
 def _fail(watching: watch.Watch, error: BaseException, host_timeout: float) -> None:
     """Tells the others, and sees to it that this process does not wait for them when it ends."""
     if isinstance(error, RuntimeError | ValueError | OSError) and not isinstance(error, TokenLabError):
-        # A device that cannot reach another speaks of sockets: who is behind it is known a little later.
+        # A device that cannot reach another speaks of sockets: who is behind it is known a little later. Where all
+        # others still beat, it was this process itself.
         print(
-            f"tokenlab: {_one_line(error)}; waiting up to {host_timeout:g} s to learn whether a process is gone",
+            f"tokenlab: {_one_line(error)}; looking for up to {host_timeout:g} s whether a process is gone",
             file=sys.stderr,
             flush=True,
         )

@@ -120,6 +120,21 @@ class Judge:
                 return Verdict(self._stuck(at_work), EXIT_LOST)
         return None
 
+    def alive_since(self, counts: Mapping[int, int]) -> bool:
+        """Whether every other process has ended by its own word, or beaten twice since there were these counts.
+
+        Twice: one heartbeat may have been under way when its process died.
+        """
+        return all(
+            self._ended(number) or count >= counts[number] + 2
+            for number, count in self.counts().items()
+            if number != self._me
+        )
+
+    def counts(self) -> dict[int, int]:
+        """How many heartbeats of each process were seen."""
+        return {number: count for number, (count, _) in self._seen.items()}
+
     def all_ended(self) -> bool:
         """Whether every other process has said that it ended, or is silent."""
         return all(
@@ -227,8 +242,10 @@ class Watch:
         self._close()
 
     def wait_for_verdict(self) -> None:
-        """Gives the watch time to find out who is gone, which ends this process. Returns where nobody is."""
-        time.sleep(self._host_timeout + 3 * self._interval)
+        """Gives the watch time to find out who is gone, which ends this process. Returns as soon as nobody is."""
+        before, deadline = self._judge.counts(), time.monotonic() + self._host_timeout + 3 * self._interval
+        while time.monotonic() < deadline and not self._judge.alive_since(before):
+            time.sleep(self._interval)
 
     def _close(self) -> None:
         self._stop.set()
