@@ -26,7 +26,9 @@ def test_for_devices_that_are_not_here(inside: bool) -> None:
 
     def look() -> None:
         found.append((target_platform(), check_exchange(None), check_implementation(None)))
-        found.append((check_exchange("ragged"), check_implementation("megablox"), resolve_execution("auto", 2)))
+        found.append(
+            (check_exchange("ragged"), check_implementation("megablox"), resolve_execution("auto", 2))
+        )
 
     with use_abstract_mesh(AbstractMesh((4,), ("data",), abstract_device=there)):
         if inside:
