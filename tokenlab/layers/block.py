@@ -257,7 +257,7 @@ class Block:
         first = self._feed_special(params, first, context, depth)
         rest, aux = self._feed_tokens(params, rest, context, depth)
         x = jnp.concatenate([first.x, rest.x], axis=1)
-        return tokens.replace(x=constrain(x, "batch", None, None)), aux
+        return tokens.replace(x=constrain(x, "batch", "sequence", None)), aux
 
     def _feed_special(
         self, params: Mapping[str, Any], tokens: Tokens, context: Context, depth: Depth
@@ -325,7 +325,7 @@ class Block:
             )
         else:
             x = self._normed(modules, params, half, x, tokens, at="post")
-        return tokens.replace(x=constrain(x, "batch", None, None))
+        return tokens.replace(x=constrain(x, "batch", "sequence", None))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from jax.sharding import get_abstract_mesh
 
 from tokenlab.core.errors import ShapeError
 from tokenlab.layers.norm import NORMS, NormName
-from tokenlab.ops.dispatch import Bank, Sorted
+from tokenlab.ops.dispatch import Sorted
 from tokenlab.ops.grouped import grouped_matmul
 from tokenlab.ops.modality import check_modality
+from tokenlab.ops.spread import Bank
 
 
 class NormByModality(nn.Module):

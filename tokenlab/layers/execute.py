@@ -337,7 +337,7 @@ class _Runner:
             tokens, aux = step.item(own["params"], tokens, context, readings, key, wrapped)
         if tokens.count != step.after:
             raise ShapeError(f"{step.name}: said it gives {step.after} tokens and gave {tokens.count}.")
-        tokens = tokens.replace(x=constrain(tokens.x, "batch", None, None))
+        tokens = tokens.replace(x=constrain(tokens.x, "batch", "sequence", None))
         self.record(step, tokens, inside=False)
         return tokens, aux
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.ops import grouped
-from tokenlab.ops.dispatch import Bank
+from tokenlab.ops.spread import Bank
 from tokenlab.sharding.constrain import constrain
 
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -44,7 +45,9 @@ def bank(
       owner: the module that holds the weights.
       expert: what an expert is: maps [B, C, D] to [B, C, D'], every row alone. A module that offers
         `grouped(params, rows, sizes, implementation=...)` runs on sorted rows by grouped products (`MLP`, `SwiGLU`);
-        any other runs on them block by block.
+        any other runs on them block by block. One that has a `part(ways)`, itself with a part of the units that its
+        `axes` call "mlp", whose results add up, but for the parameters in `added`, which are to be added once, is run
+        by several devices with a part each; of any other the compiler splits what it can.
       count: E, at least 1.
       width: D.
       same_init: all experts begin with the same weights (as the published Soft MoE configurations do).
@@ -82,7 +85,7 @@ def bank(
 
     params = owner.param(name, init)
 
-    def apply(params: Any, rows: Array) -> Array:
+    def apply(params: Any, rows: Array, expert: nn.Module = expert) -> Array:
         try:
             out = expert.apply({"params": params}, rows, **how)
         except flax.errors.InvalidRngError as error:
@@ -102,17 +105,33 @@ def bank(
         grouped.check_implementation(implementation)
         return grouped.map_blocks(lambda own, part: apply(own, part[None])[0], params, rows, sizes)
 
-    return Bank(params, jax.vmap(apply), groups)
+    def part(ways: int) -> Callable[[Any, Array], Array]:
+        return jax.vmap(functools.partial(apply, expert=expert.part(ways)))
+
+    parted = hasattr(expert, "axes") and hasattr(expert, "part")
+    return Bank(
+        params,
+        jax.vmap(apply),
+        groups,
+        axes=expert.axes() if parted else None,
+        added=expert.added if parted else (),
+        part=part if parted else None,
+    )
 
 
 def axes_of(expert: nn.Module, name: str = "experts") -> Axes:
-    """Logical axes of a bank's weights: those of the expert behind "expert"."""
+    """Logical axes of a bank's weights: those of the expert behind "expert", as a layer of experts splits them."""
     if not hasattr(expert, "axes"):
         raise ConfigError(
             f"{type(expert).__name__} does not say how its parameters are sharded; give it a method `axes()` that "
             "returns the logical axes of every parameter, as tokenlab.layers.ffn.mlp.MLP does."
         )
-    return {f"{name}/{path}": ("expert", *axes) for path, axes in expert.axes().items()}
+    return {f"{name}/{path}": ("expert", *map(_inside, axes)) for path, axes in expert.axes().items()}
+
+
+def _inside(axis: str | None) -> str | None:
+    """What a layer of experts splits as a dense layer does `axis`."""
+    return {"embed": "expert_embed", "mlp": "expert_mlp"}.get(axis, axis)
 
 
 def default_expert(expert: nn.Module | None, width: int) -> nn.Module:
@@ -139,9 +158,10 @@ def layer_bank(layer: nn.Module, x: Array, *, train: bool) -> Bank:
 
 def layer_axes(layer: nn.Module, router: Axes) -> Axes:
     """Logical axes of a layer's parameters: those of its router, its experts and its shared experts."""
-    own = axes_of(default_expert(layer.expert, 1))
-    # Every token passes the shared experts: they lie where the tokens are, whole along the mesh axis of the others.
-    shared = {path.replace("experts", "shared", 1): (None, *axes[1:]) for path, axes in own.items()}
+    expert = default_expert(layer.expert, 1)
+    own = axes_of(expert)
+    # Every token passes the shared experts: they lie where the tokens are, whole along the mesh axes of the others.
+    shared = {f"shared/{path}": (None, *axes) for path, axes in expert.axes().items()}
     return {**router, **own, **(shared if layer.shared else {})}
 
 
@@ -164,7 +184,9 @@ def run(layer: nn.Module, plan: Any, made: Bank, x: Array, valid: Array | None, 
         others = bank(layer, expert, layer.shared, x.shape[-1], name="shared", train=train)
         if not making:
             with jax.named_scope("shared"):
-                copies = constrain(jnp.broadcast_to(x, (layer.shared, *x.shape)), None, "batch", None, None)
+                copies = constrain(
+                    jnp.broadcast_to(x, (layer.shared, *x.shape)), None, "batch", "sequence", None
+                )
                 more = others.buffers(others.params, copies).sum(axis=0)
             y = y + (more if valid is None else jnp.where(valid[..., None], more, 0))
     return y.astype(x.dtype)

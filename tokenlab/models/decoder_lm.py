@@ -328,7 +328,7 @@ class DecoderLM(Trunk):
     ) -> Tokens:
         with jax.named_scope("embed"):
             x = self.embed.apply({"params": state["embed"]}, ids)
-            x = constrain(x, "batch", None, None)
+            x = constrain(x, "batch", "sequence", None)
         coords = position[..., None].astype(jnp.float32) if self.settings.position == "rope" else None
         return Tokens(x, place, coords, valid)
 
@@ -346,7 +346,7 @@ class DecoderLM(Trunk):
     def _head(self, state: Mapping[str, Any], x: Array) -> tuple[Array, Array]:
         with jax.named_scope("head"):
             logits, normed = self.head.apply({"params": state["head"]}, x, state["embed"]["table"])
-            return constrain(logits, "batch", None, "vocab"), normed
+            return constrain(logits, "batch", "sequence", "vocab"), normed
 
     # ------------------------------------------------------------------------------------------ generation
 

@@ -335,7 +335,7 @@ class EncoderLM(Trunk):
             )
             if self.settings.dropout and context.train:
                 x = dropout(x, self.settings.dropout, context.key("dropout_embed", 0))
-            x = constrain(x, "batch", None, None)
+            x = constrain(x, "batch", "sequence", None)
         return Tokens(x, place, valid=valid, segment=segment, extra={"ids": ids}, protected=1)
 
     def ended(
@@ -351,7 +351,9 @@ class EncoderLM(Trunk):
             x, places = tokens.x, tokens.position
             if "predict" in batch:
                 x, places = self._at(tokens, batch["predict"])
-            logits = constrain(self.head.apply(weights, x, state["embed"]["table"]), "batch", None, "vocab")
+            logits = constrain(
+                self.head.apply(weights, x, state["embed"]["table"]), "batch", "sequence", "vocab"
+            )
             first = tokens.x[:, 0]
             if self.head.final_norm:
                 norm = NORMS["layer"](self.dtype, self.settings.norm_eps)

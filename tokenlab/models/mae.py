@@ -333,7 +333,7 @@ class MAE(ViT):
         with jax.named_scope("embed"):
             tokens = self.embed.apply({"params": state["embed"]}, image)
             seen, places = self.visible(tokens, context.key("mask", 0))
-            seen = seen.replace(x=constrain(seen.x, "batch", None, None))
+            seen = seen.replace(x=constrain(seen.x, "batch", "sequence", None))
         ran = self.run(state, seen, context, record=record, **how)
         with jax.named_scope("head"):
             normed = self.head.apply({"params": state["head"]}, ran.tokens.x)
@@ -362,7 +362,7 @@ class MAE(ViT):
             token = state["mask_token"].astype(x.dtype)
             patches = restore(x[:, special:], tokens.position[:, special:] - special, self.patches, token)
             patches = patches + sincos_2d(*self.grid, x.shape[-1]).astype(x.dtype)
-            x = constrain(jnp.concatenate([x[:, :special], patches], axis=1), "batch", None, None)
+            x = constrain(jnp.concatenate([x[:, :special], patches], axis=1), "batch", "sequence", None)
             position = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             done, _ = execute.run(
                 self.decoder,

@@ -304,7 +304,7 @@ class ViT(Trunk):
         context = Context(jax.random.key(0) if rng is None else rng, train)
         with jax.named_scope("embed"):
             tokens = self.embed.apply({"params": state["embed"]}, image)
-            tokens = tokens.replace(x=constrain(tokens.x, "batch", None, None))
+            tokens = tokens.replace(x=constrain(tokens.x, "batch", "sequence", None))
         ran = self.run(state, tokens, context, record=record, execution=execution, remat=remat)
         with jax.named_scope("head"):
             logits, features, normed = self.head.apply({"params": state["head"]}, ran.tokens)

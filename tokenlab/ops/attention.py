@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
+from tokenlab.sharding.constrain import constrain, splits
 from tokenlab.sharding.target import target_platform
 
 Implementation = Literal["xla", "cudnn"]
@@ -83,6 +84,9 @@ def attention(
         raise TokenLabError(
             f"implementation is {implementation!r}.{suggest(str(implementation), IMPLEMENTATIONS)}"
         )
+    if splits("sequence"):  # each device asks for its own tokens, and needs the keys and values of all
+        q = constrain(q, "batch", "sequence", ..., ...)
+        k, v = (constrain(each, "batch", None, ..., ...) for each in (k, v))
     if implementation == "cudnn":
         own = {"size": size, "bias": bias, "dropout": dropout}
         return _cudnn(q, k, v, own, visible=visible_keys(**masks), scale=scale)
@@ -93,8 +97,8 @@ def attention(
     batch, n, heads, _ = q.shape
     m, groups = k.shape[1:3]
     # The weights enter the product in v's dtype (bfloat16 on an accelerator) and add up in float32.
-    grouped = weights.astype(v.dtype).reshape(batch, groups, heads // groups * n, m)
-    y = jnp.einsum("bgqm,bgmd->bgqd", grouped, jnp.moveaxis(v, 1, 2), preferred_element_type=jnp.float32)
+    grouped = weights.astype(v.dtype).reshape(batch, groups, *_queries(heads // groups, n), m)
+    y = jnp.einsum("bg...m,bgmd->bg...d", grouped, jnp.moveaxis(v, 1, 2), preferred_element_type=jnp.float32)
     y = y.reshape(batch, heads, n, -1) / total
     return jnp.moveaxis(y, 1, 2).astype(q.dtype)
 
@@ -200,8 +204,8 @@ def _weights(
     # without bias, so a bias of zeros would change bits. In bfloat16 scaling q would round it once more.
     if q.dtype == jnp.float32:
         q = q * scale
-    q = jnp.moveaxis(q, 1, 2).reshape(batch, groups, heads // groups * n, width)
-    logits = jnp.einsum("bgqd,bgmd->bgqm", q, jnp.moveaxis(k, 1, 2), preferred_element_type=jnp.float32)
+    q = jnp.moveaxis(q, 1, 2).reshape(batch, groups, *_queries(heads // groups, n), width)
+    logits = jnp.einsum("bg...d,bgmd->bg...m", q, jnp.moveaxis(k, 1, 2), preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, heads, n, m)
     if q.dtype != jnp.float32:
         logits = logits * scale
@@ -214,6 +218,11 @@ def _weights(
     # Where a key is visible the sum is at least exp(0) = 1, and adding 1e-10 to it changes no bit; where none is, it
     # makes 0/0 a 0 with finite gradients. A `where` in its place doubles the time of the forward pass on the CPU.
     return weights, weights.sum(axis=-1, keepdims=True) + 1e-10
+
+
+def _queries(heads: int, n: int) -> tuple[int, ...]:
+    """Sizes of the queries of one key head: side by side, but apart where the mesh splits the n tokens."""
+    return (heads, n) if splits("sequence") else (heads * n,)
 
 
 def _cudnn(q, k, v, more, *, visible, scale) -> jax.Array:

@@ -7,18 +7,17 @@
 All have `dispatch(x)`, `combine(y)`, and `run(bank, x)`, which is both with the experts between them. The first two
 make buffers [E, B, C, D], the last rows [B * N * K, D] and the size of each group.
 
-On a mesh with an `expert` axis the experts lie along it and the batch along all of data, fsdp and expert. Buffers are
-first computed where their tokens are and then handed over: one all-to-all there, one back, and no expert's weights
-move along the expert axis. `Sorted` does it inside `jax.shard_map`, by `tokenlab.ops.exchange`.
+On a mesh whose axes have experts on them (`tokenlab.sharding.axes`) the tokens are split over all devices, those along
+which attention splits its heads too, but for devices that share an expert. Buffers are computed where their tokens are
+and then handed over inside `jax.shard_map` (`tokenlab.ops.spread`): one all-to-all there, one back, and no expert's
+weights move along those axes. `Sorted` sends its rows by `tokenlab.ops.exchange`. Who goes to which expert is decided
+before, on whole examples, so it does not depend on the mesh.
 
 `transport="bfloat16"` rounds what travels, tokens on the way in and results on the way out, and nothing else.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,29 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 
 from tokenlab.core.errors import ShapeError, TokenLabError
 from tokenlab.ops import exchange
 from tokenlab.ops.exchange import Exchange
 from tokenlab.ops.route import Chosen, Taken
-from tokenlab.sharding.constrain import constrain
-from tokenlab.sharding.rules import axes_of
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Experts as functions of their weights.
-
-    Attributes:
-      params: tree of arrays, each [E, ...].
-      buffers: (params, [E, B, C, D]) -> [E, B, C, D'].
-      groups: (params, rows [M, D], sizes [E]) -> [M, D'].
-    """
-
-    params: Any
-    buffers: Callable[[Any, Array], Array]
-    groups: Callable[[Any, Array, Array], Array]
+from tokenlab.ops.spread import Bank, Spread, places, spread, through_experts
 
 
 @struct.dataclass
@@ -67,7 +49,9 @@ class Weighted:
 
     def run(self, bank: Bank, x: Array) -> Array:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
-        return self.combine(bank.buffers(bank.params, self.dispatch(x)))
+        width = ((0, 0), (0, 0), (0, 0), (0, -self.into.shape[-1] % places(bank)))
+        whole = self.replace(into=jnp.pad(self.into, width), back=jnp.pad(self.back, width))
+        return whole.combine(through_experts(bank, whole.dispatch(x)))
 
     def dispatch(self, x: Array) -> Array:
         """[B, N, D] -> [E, B, C, D]."""
@@ -75,11 +59,11 @@ class Weighted:
         batch, tokens, experts, places = self.into.shape
         into = jnp.moveaxis(self.into.astype(x.dtype), 1, -1).reshape(batch, -1, tokens)
         buffers = (into @ x).reshape(batch, experts, places, -1)
-        return _to_experts(jnp.swapaxes(buffers, 0, 1))
+        return jnp.swapaxes(buffers, 0, 1)
 
     def combine(self, y: Array) -> Array:
         """[E, B, C, D] -> [B, N, D]."""
-        y = jnp.swapaxes(_rounded(_to_tokens(y), self.transport), 0, 1)
+        y = jnp.swapaxes(_rounded(y, self.transport), 0, 1)
         batch, tokens, *_ = self.back.shape
         return self.back.astype(y.dtype).reshape(batch, tokens, -1) @ y.reshape(batch, -1, y.shape[-1])
 
@@ -133,23 +117,23 @@ class Indexed:
 
     def run(self, bank: Bank, x: Array) -> Array:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
-        return self.combine(bank.buffers(bank.params, self.dispatch(x)))
+        width = ((0, 0), (0, 0), (0, -self.token.shape[-1] % places(bank)))
+        token = jnp.pad(self.token, width, constant_values=self.tokens)
+        whole = self.replace(token=token, weight=jnp.pad(self.weight, width))
+        return whole.combine(through_experts(bank, whole.dispatch(x), self.transport))
 
     def dispatch(self, x: Array) -> Array:
         """[B, N, D] -> [E, B, C, D]; empty places are zeros."""
         if x.shape[1] != self.tokens:
             raise ShapeError(f"dispatch: made for {self.tokens} tokens, got {x.shape[1]}.")
-        dtype = x.dtype
-        travelling = x if self.transport is None else x.astype(self.transport)
-        rows = jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(travelling, self.token)
-        return _to_experts(jnp.moveaxis(rows, 1, 0)).astype(dtype)
+        x = _rounded(x, self.transport)
+        rows = jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, self.token)
+        return jnp.moveaxis(rows, 1, 0)
 
     def combine(self, y: Array) -> Array:
         """[E, B, C, D] -> [B, N, D]; tokens in no place get zeros."""
         dtype = y.dtype
-        travelling = y if self.transport is None else y.astype(self.transport)
-        rows = jnp.moveaxis(_to_tokens(travelling), 0, 1).astype(dtype)
-        rows = rows * self.weight[..., None].astype(dtype)
+        rows = jnp.moveaxis(_rounded(y, self.transport), 0, 1) * self.weight[..., None].astype(dtype)
 
         def one(token: Array, rows: Array) -> Array:
             empty = jnp.zeros((self.tokens, rows.shape[-1]), dtype)
@@ -220,39 +204,57 @@ class Sorted:
     def run(self, bank: Bank, x: Array) -> Array:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D'], every device sorting its own rows."""
         exchange.check_exchange(self.exchange)  # a name is never ignored, also where nothing is exchanged
-        axes, ways = _batch_axes()
-        if self.everywhere:
-            ways = 1
-        if not axes:
-            return self._local(bank, bank.params, x, self, 1)
-        if self.experts % ways:
-            raise ShapeError(
-                f"{self.experts} experts cannot be split over mesh axis 'expert' of size {ways}."
-            )
-        split = {axis: get_abstract_mesh().shape[axis] for axis in axes}
-        if len(x) % math.prod(split.values()):
-            over = " x ".join(f"{axis}={size}" for axis, size in split.items())
-            raise ShapeError(f"a batch of {len(x)} cannot be split over mesh {over}; take a multiple.")
-        rows, held = PartitionSpec(axes), PartitionSpec("expert") if ways > 1 else PartitionSpec()
+        over = spread(bank, everywhere=self.everywhere)
+        if not over.batch and not over.tokens:
+            return self._local(bank, bank.params, x, self, over)
+        over.check(self.experts, len(x))
+        given, padded = self._padded(x, -x.shape[1] % over.ways(over.tokens))
+        rows = over.spec()
         local = jax.shard_map(
-            lambda params, x, own: self._local(bank, params, x, own, ways),
-            in_specs=(jax.tree.map(lambda _: held, bank.params), rows, jax.tree.map(lambda _: rows, self)),
+            lambda params, x, own: self._local(bank, over.shares(bank, params), x, own, over),
+            in_specs=(over.specs(bank), rows, jax.tree.map(lambda _: rows, padded)),
             out_specs=rows,
-            axis_names=_manual(axes),
+            axis_names=over.manual,
             check_vma=False,
         )
-        return local(bank.params, x, self)
+        return local(bank.params, given, padded)[:, : x.shape[1]]
 
-    def _local(self, bank: Bank, params: Any, x: Array, own: Sorted, ways: int) -> Array:
-        """On the rows of one device, `own`, with the experts it holds."""
+    def _padded(self, x: Array, count: int) -> tuple[Array, Sorted]:
+        """With so many tokens more in every example, which no expert computes."""
+        if not count:
+            return x, self
+
+        def more(leaf: Array | None, value: int) -> Array | None:
+            width = ((0, 0), (0, count), (0, 0))
+            return None if leaf is None else jnp.pad(leaf, width, constant_values=value)
+
+        expert, weight, boost = more(self.expert, self.experts), more(self.weight, 0), more(self.boost, 1)
+        return more(x, 0), self.replace(expert=expert, weight=weight, boost=boost)
+
+    def _local(self, bank: Bank, params: Any, x: Array, own: Sorted, over: Spread) -> Array:
+        """On the tokens of one device, `own`, with its part of the experts."""
+        ways = over.ways(over.experts)
+        how = exchange.check_exchange(self.exchange)
+        travels = self.transport or x.dtype
+        if how == "gather" and ways > 1:
+            mine = jax.lax.axis_index(over.experts) * (self.experts // ways)
+            x = over.join(x.astype(travels), over.experts).astype(x.dtype)
+            own = jax.tree.map(lambda leaf: over.join(leaf, over.experts), own)
+            held = (own.expert >= mine) & (own.expert < mine + self.experts // ways)
+            expert = jnp.where(held, own.expert - mine, self.experts // ways)
+            own = own.replace(expert=expert, experts=self.experts // ways)
+            rows, sizes = own.dispatch(x)
+            return over.add_up(own.combine(bank.groups(params, rows, sizes)), over.experts)
+        if over.joined:
+            x = over.join(x)
+            own = jax.tree.map(over.join, own)
         rows, sizes = own.dispatch(x)
         if ways == 1:
-            return own.combine(bank.groups(params, rows, sizes))
-        travels = self.transport or x.dtype
-        sent = exchange.send(rows.astype(travels), sizes, "expert", ways, implementation=self.exchange)
+            return over.add_up(own.combine(bank.groups(params, rows, sizes)))
+        sent = exchange.send(rows.astype(travels), sizes, over.experts, ways, implementation=how)
         y = bank.groups(params, sent.rows.astype(x.dtype), sent.sizes)
-        back = exchange.send_back(y.astype(travels), sent, len(rows), "expert", implementation=self.exchange)
-        return own.combine(back.astype(y.dtype))
+        back = exchange.send_back(y.astype(travels), sent, len(rows), over.experts, implementation=how)
+        return over.add_up(own.combine(back.astype(y.dtype)))
 
 
 def _check_experts(expert: Array, experts: int) -> None:
@@ -266,32 +268,3 @@ def _check_experts(expert: Array, experts: int) -> None:
 
 def _rounded(x: Array, transport: str | None) -> Array:
     return x if transport is None else x.astype(transport).astype(x.dtype)
-
-
-def _to_experts(buffers: Array) -> Array:
-    """[E, B, C, D], computed where the tokens are, to where the experts are."""
-    return constrain(constrain(buffers, None, "batch", None, None), "expert", "group", None, None)
-
-
-def _to_tokens(buffers: Array) -> Array:
-    """And back."""
-    return constrain(constrain(buffers, "expert", "group", None, None), None, "batch", None, None)
-
-
-def _manual(axes: tuple[str, ...]) -> set[str]:
-    """Axes that `shard_map` takes over: these, and all others where those split nothing (a much smaller program)."""
-    mesh = get_abstract_mesh()
-    others = [axis for axis in mesh.axis_names if axis not in axes]
-    return set(axes) if any(mesh.shape[axis] > 1 for axis in others) else {*axes, *others}
-
-
-def _batch_axes() -> tuple[tuple[str, ...], int]:
-    """Axes of the mesh around that the batch is split over and that are still automatic; devices along `expert`."""
-    mesh = get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return (), 1
-    kinds: Mapping[str, AxisType] = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in axes_of("batch", mesh) if kinds.get(axis) is AxisType.Auto)
-    if all(mesh.shape[axis] == 1 for axis in axes):
-        return (), 1
-    return axes, mesh.shape["expert"] if "expert" in axes else 1

@@ -1,12 +1,14 @@
 """Expert parallelism for sorted rows: send each row to the device that holds its expert, and the result back.
 
-Inside `jax.shard_map`. The devices along one mesh axis hold E / ways experts each, in order; every one has R rows
-sorted by expert. Shapes are static, so a device makes room for the worst case, that all devices send it all their rows:
-ways * R.
+Inside `jax.shard_map`. The devices along one mesh axis, or several, hold E / ways experts each, in order; every one has
+R rows sorted by expert. Shapes are static, so a device makes room for the worst case, that all devices send it all
+their rows: ways * R.
 
 implementation: "padded" sends buffers of R rows to every device by `lax.all_to_all`: it runs everywhere, and moves and
 holds `ways` times what is needed. "ragged" sends the rows alone by `lax.ragged_all_to_all`, which XLA:CPU does not
-have. None picks "padded" on CPU and "ragged" elsewhere.
+have. None picks "padded" on CPU and "ragged" elsewhere. "gather" sends nothing by expert: every device gets all tokens,
+computes those of its own experts, and the results are added up; less travels where a token has more choices than there
+are devices. It needs no `send`: see `tokenlab.ops.dispatch.Sorted`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from jax import Array, lax
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
 from tokenlab.sharding.target import target_platform
 
-Exchange: TypeAlias = Literal["padded", "ragged"]
-EXCHANGES = ("padded", "ragged")
+Exchange: TypeAlias = Literal["padded", "ragged", "gather"]
+Axes: TypeAlias = str | tuple[str, ...]
+EXCHANGES = ("padded", "ragged", "gather")
 
 
 class Sent(NamedTuple):
@@ -56,14 +59,14 @@ def check_exchange(implementation: str | None) -> str:
     return implementation
 
 
-def send(rows: Array, sizes: Array, axis: str, ways: int, *, implementation: Exchange | None = None) -> Sent:
+def send(rows: Array, sizes: Array, axis: Axes, ways: int, *, implementation: Exchange | None = None) -> Sent:
     """Send rows to the owners of their experts.
 
     Args:
       rows: [R, D], sorted by expert; what stands behind the groups is not sent.
       sizes: [E] int32, E a multiple of `ways`.
-      axis: mesh axis that the experts lie on.
-      ways: its size.
+      axis: mesh axis that the experts lie on, or axes, that of the farthest devices first.
+      ways: its size, or their product.
       implementation: see the module.
 
     Raises: ShapeError when `ways` does not divide E, TokenLabError as `check_exchange`.
@@ -90,7 +93,7 @@ def send(rows: Array, sizes: Array, axis: str, ways: int, *, implementation: Exc
 
 
 def send_back(
-    y: Array, sent: Sent, count: int, axis: str, *, implementation: Exchange | None = None
+    y: Array, sent: Sent, count: int, axis: Axes, *, implementation: Exchange | None = None
 ) -> Array:
     """Results of `sent.rows`, in that order, as [R, D'] where their rows came from; zeros behind the groups.
 
@@ -122,7 +125,7 @@ def _parcels(rows: Array, sizes: Array) -> Array:
     return jnp.where(there[..., None], rows[jnp.minimum(index, count - 1)], 0)
 
 
-def _ragged(rows: Array, room: Array, matrix: Array, me: Array, axis: str) -> Array:
+def _ragged(rows: Array, room: Array, matrix: Array, me: Array, axis: Axes) -> Array:
     """Send matrix[me, d] rows to each device d; they arrive in `room`, in the order of the senders."""
     before = jnp.cumsum(matrix, axis=0) - matrix  # [from, to]: where my rows begin at the receiver
     mine = matrix[me]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import EllipsisType
+
 import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 
 from tokenlab.core.errors import ShardingError
-from tokenlab.sharding.rules import Rules, rules_of, spec
+from tokenlab.sharding.rules import Rules, axes_of, rules_of, spec
+
+UNEVEN = ("sequence",)
+"""Logical axes of which the last devices may get less: how many tokens there are is the stack's business."""
 
 
-def constrain(x: Array, *logical: str | None, rules: Rules | None = None) -> Array:
-    """Keep `x` split over the mesh as its logical axes say: `constrain(x, "batch", None, None)` for [B, N, D].
+def constrain(x: Array, *logical: str | EllipsisType | None, rules: Rules | None = None) -> Array:
+    """Keep `x` split over the mesh as its logical axes say: `constrain(x, "batch", "sequence", None)` for [B, N, D].
 
     The mesh is the one of the surrounding `jax.set_mesh`. Without a mesh, or on one of a single device, there
     is nothing to split and `x` comes back as it is. Inside `jax.shard_map` the axes it has taken over are
@@ -19,7 +24,7 @@ def constrain(x: Array, *logical: str | None, rules: Rules | None = None) -> Arr
 
     Args:
       x: an array of any dtype, with its global shape.
-      logical: one name or None for each dimension; None means not split.
+      logical: one name, None or ... for each dimension; None means not split, ... as the compiler likes.
       rules: logical axis -> mesh axes; None for those of the mesh.
 
     Raises:
@@ -43,7 +48,22 @@ def constrain(x: Array, *logical: str | None, rules: Rules | None = None) -> Arr
     local = {
         name: _without(axes, manual) for name, axes in (rules_of(mesh) if rules is None else rules).items()
     }
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec(logical, x.shape, mesh, local, what)))
+    parts = spec(tuple(None if name is ... else name for name in logical), x.shape, mesh, local, what, UNEVEN)
+    if ... in logical:
+        whole = (*parts, *[None] * (x.ndim - len(parts)))
+        free = PartitionSpec.UNCONSTRAINED
+        parts = PartitionSpec(
+            *(free if name is ... else part for name, part in zip(logical, whole, strict=True))
+        )
+    return jax.lax.with_sharding_constraint(x, parts)
+
+
+def splits(name: str) -> bool:
+    """Whether the mesh around splits this logical axis, by axes that no `jax.shard_map` has taken over."""
+    mesh = get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    found = axes_of(name, mesh) if kinds else ()
+    return any(mesh.shape[axis] > 1 and kinds[axis] is AxisType.Auto for axis in found)
 
 
 def _without(axes: str | tuple[str, ...] | None, manual: set[str]) -> tuple[str, ...] | None:

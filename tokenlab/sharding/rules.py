@@ -153,6 +153,7 @@ def spec(
     mesh: Mesh | AbstractMesh,
     rules: Rules | None = None,
     what: str = "array",
+    uneven: tuple[str, ...] = (),
 ) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes and shape.
 
@@ -164,6 +165,7 @@ def spec(
       mesh: its axes and their sizes.
       rules: logical axis -> mesh axes; None for those of the mesh.
       what: the array's name, for messages.
+      uneven: logical axes of which the last devices may get less, or nothing.
 
     Raises:
       ShardingError: another number of axes than dimensions, an unknown logical axis or mesh axis, two
@@ -187,7 +189,7 @@ def spec(
                 )
             used[axis] = dim
         ways = math.prod(mesh.shape[axis] for axis in axes)
-        if size % ways:
+        if size % ways and name not in uneven:
             raise ShardingError(
                 f"{what} {shape}: dimension {dim} ({name}) of size {size} is not divisible by mesh "
                 f"{' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes)}."

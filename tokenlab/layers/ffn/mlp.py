@@ -32,6 +32,7 @@ class MLP(nn.Module):
     kernel_std: float | None = None
 
     tokenwise: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = ("down/bias",)
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "up/kernel": ("embed", "mlp"),
         "up/bias": ("mlp",),
@@ -42,6 +43,10 @@ class MLP(nn.Module):
     def axes(self) -> Mapping[str, tuple[str | None, ...]]:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
         return self.AXES
+
+    def part(self, ways: int) -> MLP:
+        """The same layer with one `ways`-th of its hidden units; results of all parts add up, see `added`."""
+        return self.clone(hidden=self.hidden // ways)
 
     @nn.compact
     def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> Array:

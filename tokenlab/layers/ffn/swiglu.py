@@ -26,6 +26,7 @@ class SwiGLU(nn.Module):
     dtype: Any = jnp.float32
 
     tokenwise: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = ()
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "gate/kernel": ("embed", "mlp"),
         "up/kernel": ("embed", "mlp"),
@@ -35,6 +36,10 @@ class SwiGLU(nn.Module):
     def axes(self) -> Mapping[str, tuple[str | None, ...]]:
         """Logical axes of the parameters, for `tokenlab.sharding.rules`."""
         return self.AXES
+
+    def part(self, ways: int) -> SwiGLU:
+        """The same layer with one `ways`-th of its hidden units; results of all parts add up, see `added`."""
+        return self.clone(hidden=self.hidden // ways)
 
     @nn.compact
     def __call__(self, x: Array, *, valid: Array | None = None, train: bool = False) -> Array:

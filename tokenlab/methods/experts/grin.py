@@ -188,7 +188,7 @@ class GRIN(nn.Module):
     shared: int = 0
     same_init: bool = False
     implementation: Literal["ragged", "blocks", "dense", "megablox", "tokamax"] | None = None
-    exchange: Literal["padded", "ragged"] | None = None
+    exchange: Literal["padded", "ragged", "gather"] | None = None
     transport: Literal["bfloat16"] | None = None
 
     def experts_per_token(self, tokens: int) -> float:

@@ -178,7 +178,7 @@ class MoMa(nn.Module):
         for group in self.groups:
             bank = banks.axes_of(own, f"experts_{group.name}")
             if group.experts == 1:  # every token of a modality needs it, wherever it is
-                bank = {path: (None, *axes[1:]) for path, axes in bank.items()}
+                bank = {f"experts_{group.name}/{path}": (None, *axes) for path, axes in own.axes().items()}
             found |= bank
             if group.experts > 1:
                 found[f"router_{group.name}"] = ("embed", None)

@@ -1,0 +1,210 @@
+"""Layers of experts over a mesh: which device computes which tokens with which part of which experts.
+
+Attention leaves tokens split over some axes of the mesh and whole along others. A layer of experts uses every axis by
+its role there (`tokenlab.sharding.axes`):
+
+    experts   the experts lie along it: each device sends tokens to those that hold their experts
+    tensor    hidden units of every expert lie along it: those devices see the same tokens, and add up what they make
+    data      other tokens
+
+Tokens that attention has whole along an axis of experts or data are split over it first: none is computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
+
+from tokenlab.core.errors import ShapeError
+from tokenlab.sharding.rules import LogicalAxes, axes_of, path_of
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Experts as functions of their weights.
+
+    Attributes:
+      params: tree of arrays, each [E, ...].
+      buffers: (params, [E, B, C, D]) -> [E, B, C, D'].
+      groups: (params, rows [M, D], sizes [E]) -> [M, D'].
+      axes: path of each parameter -> logical axes behind E, where an expert with a part of the units "mlp" gives a part
+        of the sum that is its result; None where it does not.
+      added: paths of the parameters that are added to that sum, once.
+      part: of a number w, `buffers` for experts with one w-th of their units; with `axes`.
+    """
+
+    params: Any
+    buffers: Callable[[Any, Array], Array]
+    groups: Callable[[Any, Array, Array], Array]
+    axes: Mapping[str, LogicalAxes] | None = None
+    added: tuple[str, ...] = ()
+    part: Callable[[int], Callable[[Any, Array], Array]] | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How one layer of experts uses the mesh around it; axes of size 1 are left out.
+
+    Attributes:
+      batch, tokens: axes over which examples, and tokens of an example or places of a buffer, are split on the way in.
+      experts: axes along which experts lie.
+      tensor: axes along which hidden units lie and that are handled here, not by the compiler.
+      sizes: devices along each.
+    """
+
+    batch: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    tensor: tuple[str, ...] = ()
+    sizes: Mapping[str, int] | None = None
+
+    def ways(self, axes: tuple[str, ...]) -> int:
+        """Devices along these axes."""
+        return math.prod((self.sizes or {})[axis] for axis in axes)
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Axes along which devices have tokens of their own, and need each other's, as they share every expert."""
+        return tuple(axis for axis in self.tensor if axis in self.batch + self.tokens)
+
+    @property
+    def manual(self) -> set[str]:
+        """Axes that `shard_map` takes over: those used, and all where others split nothing (a smaller program)."""
+        mesh, own = get_abstract_mesh(), {*self.batch, *self.tokens, *self.experts, *self.tensor}
+        others = {axis for axis in mesh.axis_names if axis not in own}
+        return own if any(mesh.shape[axis] > 1 for axis in others) else own | others
+
+    def spec(self, *before: None) -> PartitionSpec:
+        """Of an array [..., B, N or C, D] on the way in and out."""
+        return PartitionSpec(*before, self.batch or None, self.tokens or None)
+
+    def check(self, experts: int, batch: int) -> None:
+        """Raise ShapeError for experts or a batch that the mesh does not divide."""
+        if experts % self.ways(self.experts):
+            raise ShapeError(f"{experts} experts cannot be split over mesh {self.shown(self.experts)}.")
+        if batch % self.ways(self.batch):
+            raise ShapeError(
+                f"a batch of {batch} cannot be split over mesh {self.shown(self.batch)}; take a multiple."
+            )
+
+    def shown(self, axes: tuple[str, ...]) -> str:
+        """For messages: "data=2 x expert=4"."""
+        return " x ".join(f"{axis}={(self.sizes or {})[axis]}" for axis in axes)
+
+    def specs(self, bank: Bank) -> Any:
+        """Of the bank's parameters: a tree like them."""
+        split, units = self.experts or None, self.tensor or None
+
+        def spec(path: Any, leaf: Array) -> PartitionSpec:
+            axes = (bank.axes or {}).get(path_of(path), ()) if units else ()
+            return PartitionSpec(split, *(units if name == "mlp" else None for name in axes))
+
+        return jax.tree_util.tree_map_with_path(spec, bank.params)
+
+    def shares(self, bank: Bank, params: Any) -> Any:
+        """Parameters of one device such that the results of devices along `tensor` add up: what is added, in parts."""
+        if not self.tensor:
+            return params
+        ways = self.ways(self.tensor)
+
+        def share(path: Any, leaf: Array) -> Array:
+            return leaf / ways if path_of(path) in bank.added else leaf
+
+        return jax.tree_util.tree_map_with_path(share, params)
+
+    def join(self, x: Array, more: tuple[str, ...] = (), *, along: int = 0) -> Array:
+        """x of one device, and behind it in one dimension those of all along `joined` and `more`."""
+        axes = self.joined + more
+        return lax.all_gather(x, axes, axis=along, tiled=True) if axes else x
+
+    def add_up(self, y: Array, more: tuple[str, ...] = (), *, along: int = 0) -> Array:
+        """The sum over `tensor` and `more`; of what `join` has put together each device gets its own part."""
+        whole = tuple(axis for axis in self.tensor if axis not in self.joined)
+        y = lax.psum(y, whole) if whole else y
+        axes = self.joined + more
+        return lax.psum_scatter(y, axes, scatter_dimension=along, tiled=True) if axes else y
+
+
+def spread(bank: Bank, *, everywhere: bool = False) -> Spread:
+    """How experts use the mesh around; those that every device holds (`everywhere`) leave tokens where they are."""
+    mesh = get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return Spread(sizes={})
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def splitting(name: str) -> tuple[str, ...]:
+        found = axes_of(name, mesh)
+        return tuple(axis for axis in found if mesh.shape[axis] > 1 and kinds[axis] is AxisType.Auto)
+
+    batch, tokens = splitting("batch"), splitting("sequence")
+    sizes = dict(mesh.shape)
+    if everywhere:
+        return Spread(batch, tokens, sizes=sizes)
+    experts, units = splitting("expert"), splitting("expert_mlp")
+    tensor = units if bank.axes is not None else ()
+    tokens += tuple(axis for axis in splitting("expert_sequence") if axis not in batch + tokens)
+    mine = [axis for axis in units if axis not in tensor]  # the compiler's: it makes tokens whole along these
+    return Spread(
+        tuple(axis for axis in batch if axis not in mine),
+        tuple(axis for axis in tokens if axis not in mine),
+        experts,
+        tensor,
+        sizes,
+    )
+
+
+def through_experts(bank: Bank, buffers: Array, transport: str | None = None) -> Array:
+    """What the experts make of buffers [E, B, C, D] that lie where their tokens are: [E, B, C, D'], at the same place.
+
+    Args:
+      bank: the experts.
+      buffers: their places; C is a multiple of the devices that share them, see `places`.
+      transport: dtype of what travels, None for that of the buffers.
+
+    Raises: ShapeError for experts or a batch that the mesh does not divide.
+    """
+    over = spread(bank)
+    if not over.batch and not over.tokens:
+        return bank.buffers(bank.params, buffers)
+    over.check(buffers.shape[0], buffers.shape[1])
+    buffers = lax.with_sharding_constraint(buffers, over.spec(None))
+    if not over.experts and not over.joined:
+        return lax.with_sharding_constraint(bank.buffers(bank.params, buffers), over.spec(None))
+    ways = over.ways(over.experts)
+    compute = bank.part(over.ways(over.tensor)) if over.tensor and bank.part else bank.buffers
+
+    def local(params: Any, buffers: Array) -> Array:
+        experts, dtype = buffers.shape[0] // ways, buffers.dtype
+        x = over.join(buffers if transport is None else buffers.astype(transport), along=1)
+        batch, places = x.shape[1:3]
+        if ways > 1:  # [to, own experts, ...] -> [from, own experts, ...]
+            x = lax.all_to_all(x.reshape(ways, experts, batch, places, -1), over.experts, 0, 0)
+            x = jnp.moveaxis(x, 0, 1).reshape(experts, ways * batch, places, -1)
+        y = compute(over.shares(bank, params), x.astype(dtype))
+        if ways > 1:
+            back = y if transport is None else y.astype(transport)
+            back = jnp.moveaxis(back.reshape(experts, ways, batch, places, -1), 1, 0)
+            back = lax.all_to_all(back, over.experts, 0, 0)
+            y = back.reshape(ways * experts, batch, places, -1).astype(y.dtype)
+        return over.add_up(y, along=1)
+
+    return jax.shard_map(
+        local,
+        in_specs=(over.specs(bank), over.spec(None)),
+        out_specs=over.spec(None),
+        axis_names=over.manual,
+        check_vma=False,
+    )(bank.params, buffers)
+
+
+def places(bank: Bank) -> int:
+    """Devices that share the places of a buffer: so many must there be, or a multiple."""
+    over = spread(bank)
+    return over.ways(over.tokens)
