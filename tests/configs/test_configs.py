@@ -19,7 +19,8 @@ from tokenlab.train import experiment
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 COMPARISONS = sorted(FOLDER.glob("compare/*.py"))
-FILES = sorted(set(FOLDER.glob("**/*.py")) - {*COMPARISONS})
+RECIPES = sorted(FOLDER.glob("sharding/*.py"))
+FILES = sorted(set(FOLDER.glob("**/*.py")) - {*COMPARISONS, *RECIPES})
 
 
 def skip_without(settings: ConfigDict) -> None:

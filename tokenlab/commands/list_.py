@@ -47,7 +47,13 @@ def _items() -> Rows:
 def _configs() -> Rows:
     folder = Path("configs") if Path("configs").is_dir() else Path(__file__).parents[2] / "configs"
     files = sorted(path for path in folder.glob("**/*.py") if not path.name.startswith("_"))
-    return [(str(path), names.summary(path)) for path in files]
+    return [(str(path), names.summary(path)) for path in files if path.parent.name != "sharding"]
+
+
+def _recipes() -> Rows:
+    from tokenlab.sharding import recipes
+
+    return [(name, names.summary(path)) for name, path in recipes.files().items()]
 
 
 def _targets() -> Rows:
@@ -90,6 +96,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "data": ("data sources: config.data.name", _modules("tokenlab.data.sources", defines="build")),
     "targets": ("launch targets: tokenlab launch --target=NAME", _targets),
     "configs": ("configs: --config=FILE", _configs),
+    "meshes": ("ways to lay a model out: config.mesh.recipe", _recipes),
     "optimizers": ("optimizers: config.optimizer.name", _optimizers),
 }
 
@@ -98,5 +105,5 @@ COMMAND = Command(
     run,
     "list stack items, methods, scores, models, tasks, data, launch targets, optimizers and configs",
     words="[SECTION ...]",
-    more=f"Sections: {', '.join(SECTIONS)}; all by default.",
+    more=f"Sections, all by default: {', '.join(SECTIONS)}",
 )

@@ -24,7 +24,17 @@ from ml_collections.config_dict import ConfigDict
 from tokenlab.core.errors import ConfigError, TokenLabError, suggest
 from tokenlab.core.schema import describe, from_dataclass, plain, to_dataclass, wrong
 
-__all__ = ["diff", "flatten", "from_dataclass", "from_json", "load", "override", "to_dataclass", "to_json"]
+__all__ = [
+    "call",
+    "diff",
+    "flatten",
+    "from_dataclass",
+    "from_json",
+    "load",
+    "override",
+    "to_dataclass",
+    "to_json",
+]
 
 _ABSENT = object()
 
@@ -48,35 +58,45 @@ def load(spec: str | Path) -> ConfigDict:
         others = [other.name for other in path.parent.glob("*.py")]
         near = suggest(path.name, others) if others else f" There is no Python file in {str(path.parent)!r}."
         raise ConfigError(f"config file {str(path)!r} does not exist.{near}")
-    try:
-        config = _run(path, (arg,) if has_arg else ())
-    except TokenLabError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{path}{_line_in(path, error)} raises {_one_line(error)}") from error
+    config = call(path, "get_config", *((arg,) if has_arg else ()))
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config of {path} returns a {type(config).__name__}: expected a ConfigDict.")
     return config
 
 
-def _run(path: Path, args: tuple[str, ...]) -> Any:
+def call(path: Path, function: str, *args: Any) -> Any:
+    """What a function of a Python file returns, for one that is there.
+
+    Raises:
+      ConfigError: the file does not define it, it does not take the arguments, or something raises: the message then
+        says what and in which line. A TokenLabError is passed on.
+    """
+    try:
+        return _run(path, function, args)
+    except TokenLabError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path}{_line_in(path, error)} raises {_one_line(error)}") from error
+
+
+def _run(path: Path, function: str, args: tuple[Any, ...]) -> Any:
     # Run, not imported: no stale bytecode when a sweep rewrites a file within a second.
     module = types.ModuleType(f"tokenlab_config_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where a dataclass that the file defines looks for its types
     exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise ConfigError(f"{path} does not define get_config(arg=None).")
-    signature = inspect.signature(get_config)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"{path} does not define {function}(arg=None).")
+    signature = inspect.signature(found)
     try:
         signature.bind(*args)
     except TypeError:
-        given = f"the argument {args[0]!r}" if args else "no argument"
+        given = f"the argument {', '.join(map(repr, args))}" if args else "no argument"
         raise ConfigError(
-            f"{path} defines get_config{signature}: it cannot be called with {given}."
+            f"{path} defines {function}{signature}: it cannot be called with {given}."
         ) from None
-    return get_config(*args)
+    return found(*args)
 
 
 def _line_in(path: Path, error: Exception) -> str:

@@ -180,6 +180,10 @@ def descriptions(cls: type[Any]) -> dict[str, str]:
 def _mesh(described: Any) -> dict[str, int]:
     """Devices by axis of `config.mesh`, where it says nothing but that."""
     mesh = described.get("mesh")
+    if mesh and mesh.get("recipe"):
+        from tokenlab.train.config import MeshConfig
+
+        return core_config.to_dataclass(MeshConfig, mesh).given()
     sizes = {axis: mesh[axis] for axis in SIZES if axis in mesh} if mesh else {}
     return sizes if all(type(size) is int for size in sizes.values()) else {}
 

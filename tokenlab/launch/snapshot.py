@@ -2,6 +2,7 @@
 
     tokenlab/          the package that is installed here
     config/            the configuration's file, and the Python files beside it that it may read
+    configs/sharding/  recipes of sharding
     methods/0, ...     the folders of TOKENLAB_METHODS
     requirements.txt   what the package needs, in the versions that are installed here
     about.json         version, configuration, changes, and the git commit where the code is in a checkout
@@ -29,6 +30,7 @@ from typing import Any
 from tokenlab import __version__
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.names import EXTRA_FOLDERS
+from tokenlab.sharding import recipes
 
 DISTRIBUTION = "tokenlab-jax"
 PACKAGE = Path(__file__).parent.parent
@@ -71,6 +73,7 @@ def collect(config: str, changes: Mapping[str, str], workdir: str) -> Contents:
     try:
         files = {f"tokenlab/{name}": content for name, content in _tree(PACKAGE)}
         files |= {f"config/{path.name}": path.read_bytes() for path in _beside(recipe)}
+        files |= {f"{recipes.FOLDER}/{path.name}": path.read_bytes() for path in recipes.files().values()}
         for i, extra in enumerate(extras):
             files |= {f"methods/{i}/{name}": content for name, content in _tree(extra)}
     except OSError as error:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenlab.core.errors import ShardingError
-from tokenlab.sharding.rules import DEFAULT_RULES, path_of
+from tokenlab.sharding.rules import DEFAULT_RULES, path_of, sizes_of
 
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 KINDS = (
@@ -29,6 +29,8 @@ KINDS = (
     "collective-broadcast",
 )
 BATCH_AXES = tuple(DEFAULT_RULES["batch"] or ())
+WHOLE_ALONG = ("data", "sequence")
+"""Mesh axes along which every device holds all parameters."""
 
 Shape = tuple[int, ...]
 
@@ -206,6 +208,32 @@ def unsharded(state: Any, threshold: int = 1 << 20) -> list[str]:
             shape = ",".join(map(str, leaf.shape))
             found.append((-size, f"{path_of(key_path)} {leaf.dtype.name}[{shape}] {size} bytes"))
     return [line for _, line in sorted(found)]
+
+
+def assert_sharded(state: Any, mesh: Mesh, share: float, threshold: int = 1 << 20) -> None:
+    """Raise a ShardingError when too much of a state lies whole on every device of a mesh that could split it.
+
+    A mesh whose axes split no parameter, such as one of `data` alone, holds everything whole, and that is what it says.
+
+    Args:
+      state: tree of arrays, or of ShapeDtypeStructs with shardings.
+      mesh: they lie on.
+      share: of the state's bytes that may lie whole on every device, in [0, 1].
+      threshold: bytes below which a leaf does not count as whole.
+    """
+    splits = any(size > 1 and axis not in WHOLE_ALONG for axis, size in sizes_of(mesh).items())
+    found = unsharded(state, threshold)
+    if not splits or not found:
+        return
+    whole = sum(int(line.split()[-2]) for line in found)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if whole > share * total:
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ShardingError(
+            f"{whole / total:.1%} of the state's {total:,} bytes lie whole on each of {mesh.size} devices: "
+            f"{'; '.join(found[:3])}{more}. Expected at most {share:.1%}: split them (a mesh with more of fsdp, "
+            "config.mesh.rules), or allow it with config.mesh.unsharded."
+        )
 
 
 def _collective(

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import EllipsisType
+from typing import NamedTuple
 
 import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 
 from tokenlab.core.errors import ShardingError
+from tokenlab.sharding import runtime
 from tokenlab.sharding.rules import Rules, axes_of, rules_of, spec
 
 UNEVEN = ("sequence",)
 """Logical axes of which the last devices may get less: how many tokens there are is the stack's business."""
+
+
+class Constrained(NamedTuple):
+    """An activation that was constrained: the scope it is in, shape, dtype, logical axes and where it lies."""
+
+    scope: str
+    shape: tuple[int, ...]
+    dtype: str
+    logical: tuple[str | EllipsisType | None, ...]
+    spec: PartitionSpec
+
+
+_record: list[Constrained] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Constrained]]:
+    """Collects what is constrained while its block is traced; what jax has traced before is not traced again."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
 
 
 def constrain(x: Array, *logical: str | EllipsisType | None, rules: Rules | None = None) -> Array:
@@ -48,14 +76,16 @@ def constrain(x: Array, *logical: str | EllipsisType | None, rules: Rules | None
     local = {
         name: _without(axes, manual) for name, axes in (rules_of(mesh) if rules is None else rules).items()
     }
-    parts = spec(tuple(None if name is ... else name for name in logical), x.shape, mesh, local, what, UNEVEN)
+    place = spec(tuple(None if name is ... else name for name in logical), x.shape, mesh, local, what, UNEVEN)
     if ... in logical:
-        whole = (*parts, *[None] * (x.ndim - len(parts)))
+        whole = (*place, *[None] * (x.ndim - len(place)))
         free = PartitionSpec.UNCONSTRAINED
-        parts = PartitionSpec(
+        place = PartitionSpec(
             *(free if name is ... else part for name, part in zip(logical, whole, strict=True))
         )
-    return jax.lax.with_sharding_constraint(x, parts)
+    if _record is not None:
+        _record.append(Constrained(runtime.scope(), tuple(x.shape), x.dtype.name, logical, place))
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def splits(name: str) -> bool:

@@ -1,13 +1,14 @@
-"""The one place that knows private parts of jax: its coordination service's client, and what it reads of a cluster.
+"""The one place that knows private parts of jax: its coordination service's client, what it reads of a cluster, and the
+scope that is being traced.
 
-jax offers neither in public: Orbax and others take the client from the same place. Written for jax 0.10.2.
+jax offers none of these in public: Orbax and others take the client from the same place. Written for jax 0.10.2.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jax._src import cloud_tpu_init, clusters, distributed, xla_bridge
+from jax._src import cloud_tpu_init, clusters, distributed, source_info_util, xla_bridge
 
 Cluster = type[clusters.ClusterEnv]
 
@@ -15,6 +16,11 @@ Cluster = type[clusters.ClusterEnv]
 def client() -> Any:
     """The coordination service's client of this process; None in a process that is alone."""
     return distributed.global_state.client
+
+
+def scope() -> str:
+    """The `jax.named_scope`s around what is being traced, "block_00/mlp"; of a loop's body from that on."""
+    return str(source_info_util.current_name_stack())
 
 
 def devices_in_use() -> bool:

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from ml_collections.config_dict import ConfigDict
 
 from tokenlab.core import names
-from tokenlab.core.config import from_dataclass
+from tokenlab.core.config import from_dataclass, to_dataclass
 from tokenlab.core.errors import ConfigError, NameLookupError
+from tokenlab.sharding import recipes
 from tokenlab.sharding.axes import SIZES
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.plan import ParallelPlan
@@ -193,6 +194,10 @@ class MeshConfig:
         experts: what layers of experts do with the same devices instead (`tokenlab.sharding.plan`); `expert` is then 1.
         rules: logical axis -> mesh axis or axes that it is split over, None for none, in place of what
             `tokenlab.sharding.rules` says: {"embed": ("fsdp", "data"), "vocab": None}.
+        recipe: "" or the name of a file in configs/sharding/ that gives all of these, "fsdp" or, with its arguments,
+            "folded:4,16" (`tokenlab.sharding.recipes`). The others then have their defaults, or say the same.
+        unsharded: the share of the state's bytes that may lie whole on every device where some axis is there to split
+            parameters, in [0, 1]; leaves below a MiB do not count.
     """
 
     data: int = -1
@@ -202,8 +207,13 @@ class MeshConfig:
     sequence: int = 1
     experts: ExpertsMeshConfig = field(default_factory=ExpertsMeshConfig)
     rules: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=dict)
+    recipe: str = ""
+    unsharded: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.recipe:
+            self._follow()
+        _number("mesh.unsharded", self.unsharded, 0 <= self.unsharded <= 1, "a share in [0, 1]")
         sizes = self.given()
         named(self.rules)
         for name, size in sizes.items():
@@ -215,6 +225,22 @@ class MeshConfig:
             _require(
                 self.expert == 1, "mesh.expert", self.expert, "1 where mesh.experts says what experts lie on"
             )
+
+    def _follow(self) -> None:
+        """Takes the values of the recipe."""
+        wanted = to_dataclass(
+            MeshConfig, recipes.read(self.recipe), f"configs/sharding recipe {self.recipe!r}"
+        )
+        for entry in dataclasses.fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(wanted, entry.name)
+            if entry.name != "recipe" and mine != theirs:
+                _require(
+                    mine == getattr(MeshConfig(), entry.name),
+                    f"mesh.{entry.name}",
+                    mine,
+                    f"its default, as config.mesh.recipe={self.recipe!r} says {theirs!r}; give one of the two",
+                )
+                object.__setattr__(self, entry.name, theirs)
 
     @property
     def folds(self) -> bool:

@@ -25,6 +25,7 @@ from tokenlab.cost import flops
 from tokenlab.layers.program import BlockStep, steps_of
 from tokenlab.layers.statistics import join
 from tokenlab.sharding import agree
+from tokenlab.sharding.check import assert_sharded
 from tokenlab.sharding.rows import RowLayout
 from tokenlab.sharding.rules import axes_of, path_of, row_sharding, sizes_of
 from tokenlab.train import costs, hardware, initialize, schedule, state, step, token_clock
@@ -385,7 +386,8 @@ def build(
         used = experiment.eval_model(start + 1)
         _check_eval_model(used, experiment.model)
         _check_together(used, "config.eval.batch_size", config.eval.batch_size, mesh, train=False)
-    _ = experiment.abstract_state  # a leaf without a sharding rule is said here
+    # A leaf without a sharding rule is said here.
+    assert_sharded(experiment.abstract_state, mesh, config.mesh.unsharded)
     return experiment
 
 

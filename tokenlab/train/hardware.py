@@ -30,7 +30,7 @@ from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, TokenLabError, suggest
 from tokenlab.core.patterns import fits
 from tokenlab.cost.hardware import HARDWARE
-from tokenlab.train.config import HardwareRule, TrainConfig, completed
+from tokenlab.train.config import HardwareRule, MeshConfig, TrainConfig, completed
 
 MAY_SET = (
     "mesh.*",
@@ -45,8 +45,9 @@ MAY_SET = (
     "data.threads",
     "data.workers",
 )
-"""Keys that a rule may set. `model.dtype` and `optimizer.accumulate` round in other places, and microbatches draw their
-own random numbers; all else changes no more than the order of sums."""
+"""Keys that a rule may set. One that sets a part of `mesh` sets all of it, what it does not name to its default.
+`model.dtype` and `optimizer.accumulate` round in other places, and microbatches draw their own random numbers; all else
+changes no more than the order of sums."""
 
 _MAKERS = ("NVIDIA ", "AMD ")
 """What kinds of devices begin with that have no datasheet here."""
@@ -175,6 +176,8 @@ def _check_kind(rule: HardwareRule, where: str) -> None:
 def _changed(config: TrainConfig, rule: HardwareRule, where: str) -> TrainConfig:
     """The configuration with what the rule sets."""
     values: dict[str, Any] = completed(dataclasses.asdict(config))
+    if any(key.startswith("mesh.") for key in rule.set):
+        values["mesh"] = dataclasses.asdict(MeshConfig())
     for key, value in rule.set.items():
         if not any(fits(key, pattern) for pattern in MAY_SET):
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from tokenlab import models, tasks
+from tokenlab.sharding.check import assert_sharded
 from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import row_sharding
 from tokenlab.train import optimizer as optimizers
@@ -83,6 +84,13 @@ def compile_step(
     shapes = jax.eval_shape(lambda: states.create(model, optimizer, names, config.seed))
     made = make_mesh(mesh, devices, rules=config.mesh.rules)
     places = states.shardings(shapes, model, made, offload=optimizer.offload)
+    placed = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+    assert_sharded(placed, made, config.mesh.unsharded)
+    held = {False: 0, True: 0}  # on devices, on their hosts
+    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            held[place.memory_kind == states.HOST] += size
     rows = row_sharding(made)
     start = time.perf_counter()
     with jax.set_mesh(made):
@@ -90,11 +98,6 @@ def compile_step(
         compiled = step.lower(shapes, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    held = {False: 0, True: 0}  # on devices, on their hosts
-    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True):
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            held[place.memory_kind == states.HOST] += size
     sizes = (int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes))
     return Offline(compiled, made, seconds, *sizes, held[False], held[True])
 
