@@ -156,6 +156,7 @@ def test_a_topology_has_the_rule_of_its_kind_and_size() -> None:
     assert hardware.at(given, "v5p:2x2x4")[1].rule.kind == "TPU *"
 
 
+@pytest.mark.slow
 def test_compiling_says_the_rule() -> None:
     given = with_rules({**CPUS, "set": {"mesh.data": 2, "mesh.fsdp": 4}}, batch_size=16)
     given.model.update(size="nano/4", stack="block")

@@ -105,5 +105,5 @@ COMMAND = Command(
     run,
     "list stack items, methods, scores, models, tasks, data, launch targets, optimizers and configs",
     words="[SECTION ...]",
-    more=f"Sections, all by default: {', '.join(SECTIONS)}",
+    more=f"Sections (else all): {', '.join(SECTIONS)}",
 )
