@@ -260,7 +260,10 @@ class TestMistakes:
             (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
             (["--verison"], "unknown flag before a command '--verison'. Did you mean '--version'?"),
             (["train"], "train: --config=FILE[:ARG] is missing (a Python file, an argument for it after a colon)."),
-            (["train", "--config=x.py"], "train: --workdir=DIR is missing (folder of the run; made when missing)."),
+            (
+                ["train", "--config=x.py"],
+                "train: --workdir=DIR is missing (folder of the run, or gs://BUCKET/FOLDER; made when missing).",
+            ),
             (["train", "--wrkdir=x"], "train: unknown flag --wrkdir. Did you mean '--workdir'?"),
             (["train", "-workdir=x"], "train: unknown flag -workdir. Did you mean '--workdir'?"),
             (["train", "--confg.steps=3"], "train: unknown flag --confg.steps. Did you mean --config.steps?"),

@@ -68,6 +68,7 @@ def job(
     command: str = "train",
     first: Mapping[int, str] | None = None,
     variables: Mapping[str, str] | None = None,
+    at: str | None = None,
 ) -> Iterator[Job]:
     """Starts a job of `processes` x `devices`; what is still at work at the end is killed.
 
@@ -75,10 +76,11 @@ def job(
         overrides: of the configuration, or a mapping of them by process id.
         first: Python that a process runs before its command, by process id.
         variables: of the environment.
+        at: address of the workdir, where `workdir` is only what outputs are named after.
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # nearly all of the time would be compiling
@@ -90,7 +92,7 @@ def job(
         program = ["-m", "tokenlab.cli"]
         if first and index in first:
             program = ["-c", f"{first[index]}\nimport sys\nfrom tokenlab.cli import main\nsys.exit(main())"]
-        words = [sys.executable, *program, command, f"--workdir={workdir}", *flags]
+        words = [sys.executable, *program, command, f"--workdir={at or workdir}", *flags]
         words += [f"--config.{key}={value}" for key, value in found.items()]
         if command == "train":
             words += ["--config=configs/quickstart.py"]

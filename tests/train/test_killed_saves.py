@@ -18,7 +18,7 @@ CHILD = """
 import os, shutil, signal, sys
 import jax
 import jax.numpy as jnp
-from tokenlab.train import checkpoint, manifest
+from tokenlab.train import manifest, places
 from tokenlab.train.checkpoint import Checkpoints
 
 def kill(*args, **options):
@@ -30,7 +30,7 @@ with Checkpoints(sys.argv[1], keep=1) as checkpoints:
     if sys.argv[2] == "writing":
         manifest.seal = kill
     else:
-        checkpoint.shutil.rmtree = kill
+        places.shutil.rmtree = kill
     checkpoints.save(2, {"w": 2 * jnp.ones((3,))}, {"a": 2})
 """
 

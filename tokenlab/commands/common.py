@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
+from tokenlab.core.bucket import is_address
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.files import check_writable
 from tokenlab.core.flags import Arguments, Flag, decimal, number
@@ -49,6 +51,13 @@ def writable(path: str | None) -> str | None:
     if path is not None:
         check_writable(path, "--json")
     return path
+
+
+def trained_workdir(text: str) -> str:
+    """Check that there is a folder, where `--workdir` is not an address."""
+    if not is_address(text) and not Path(text).is_dir():
+        raise ConfigError(f"--workdir={text} is not a folder: expected the workdir of a training run.")
+    return text
 
 
 def which_checkpoint(text: str) -> int | str:

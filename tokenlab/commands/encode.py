@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tokenlab.commands.common import which_checkpoint
-from tokenlab.core.errors import ConfigError
+from tokenlab.commands.common import trained_workdir, which_checkpoint
 from tokenlab.core.files import check_writable
 from tokenlab.core.flags import Arguments, Command, Flag
 
@@ -13,15 +10,13 @@ from tokenlab.core.flags import Arguments, Command, Flag
 def run(arguments: Arguments) -> None:
     """Turn pictures into codes with a trained tokenizer."""
     given = arguments.values
-    workdir = Path(given["workdir"])
-    if not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    workdir = trained_workdir(given["workdir"])
     check_writable(given["out"], "--out")
     checkpoint = which_checkpoint(given["checkpoint"])
     from tokenlab.evaluate.encode import run
 
     run(
-        str(workdir),
+        workdir,
         given["out"],
         None if given["split"] is None else given["split"].split(","),
         overrides=dict(arguments.overrides),
@@ -34,7 +29,7 @@ COMMAND = Command(
     run,
     "turn every picture into codes with a trained tokenizer, in a file that gives the pictures again",
     (
-        Flag("workdir", "folder of a training run", "DIR", required=True),
+        Flag("workdir", "folder of a training run, or gs://BUCKET/FOLDER", "DIR", required=True),
         Flag("out", "the file to write", "FILE.npz", required=True),
         Flag("split", "splits of the data (default: all)", "NAME,NAME"),
         Flag("checkpoint", "the newest, the best, or that of a step", "latest|best|STEP", default="latest"),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tokenlab.commands.common import HOSTS, JSON, joined, which_checkpoint, writable
+from tokenlab.commands.common import HOSTS, JSON, joined, trained_workdir, which_checkpoint, writable
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.flags import Arguments, Command, Flag
 
 
 def run(arguments: Arguments) -> None:
     """Evaluate trained weights, with another stack if one is given."""
-    workdir = Path(arguments.values["workdir"])
-    if not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    workdir = trained_workdir(arguments.values["workdir"])
     if {"pictures", "no-pictures"} <= arguments.switches:
         raise ConfigError("evaluate: --pictures and --no-pictures contradict each other; give one of them.")
     target = writable(arguments.values["json"])
@@ -23,7 +19,7 @@ def run(arguments: Arguments) -> None:
         from tokenlab.generate import drawn
 
         run(
-            str(workdir),
+            workdir,
             overrides=dict(arguments.overrides),
             split=arguments.values["split"],
             json=target,
@@ -39,7 +35,7 @@ COMMAND = Command(
     run,
     "evaluate trained weights, with another stack if one is given",
     (
-        Flag("workdir", "folder of a training run", "DIR", required=True),
+        Flag("workdir", "folder of a training run, or gs://BUCKET/FOLDER", "DIR", required=True),
         Flag("split", "split of the data", "NAME", default="test"),
         Flag("checkpoint", "the newest, the best, or that of a step", "latest|best|STEP", default="latest"),
         JSON,

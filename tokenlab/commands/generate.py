@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenlab.commands.common import which_checkpoint
+from tokenlab.commands.common import trained_workdir, which_checkpoint
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.files import check_writable
 from tokenlab.core.flags import Arguments, Command, Flag, decimal, number
@@ -15,9 +15,7 @@ from tokenlab.core.flags import Arguments, Command, Flag, decimal, number
 def run(arguments: Arguments) -> None:
     """Generate text, pictures or captions from trained weights."""
     given = arguments.values
-    workdir = Path(given["workdir"])
-    if not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is not a folder: expected the workdir of a training run.")
+    workdir = trained_workdir(given["workdir"])
     from_picture = [name for name in ("image", "example") if given[name] is not None]
     if len(from_picture) == 2:
         raise ConfigError("generate: give a picture, either with --image=FILE or with --example=N.")
@@ -45,11 +43,11 @@ def run(arguments: Arguments) -> None:
     if from_picture:
         chosen = {"image": given["image"], "example": whole["example"]}
         split = {} if given["split"] is None else {"split": given["split"]}
-        generation.describe(str(workdir), **chosen, **split, **optional, **how)
+        generation.describe(workdir, **chosen, **split, **optional, **how)
     elif arguments.switches:
-        generation.draw(str(workdir), prompts, given["out"], **optional, **how)
+        generation.draw(workdir, prompts, given["out"], **optional, **how)
     else:
-        generation.run(str(workdir), prompts, prompt_tokens=whole["prompt-tokens"], **optional, **how)
+        generation.run(workdir, prompts, prompt_tokens=whole["prompt-tokens"], **optional, **how)
 
 
 _OF_KIND = {
@@ -91,7 +89,7 @@ COMMAND = Command(
     run,
     "generate text behind a prompt with a trained language model, pictures of captions, captions of pictures",
     (
-        Flag("workdir", "folder of a training run", "DIR", required=True),
+        Flag("workdir", "folder of a training run, or gs://BUCKET/FOLDER", "DIR", required=True),
         Flag("prompt", "what the text begins with; at least a character", "TEXT"),
         Flag("prompts", "several at once: a file with one a line", "FILE"),
         Flag("picture", "draw pictures; the prompts are their captions (of a run on pictures and text)"),

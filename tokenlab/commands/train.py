@@ -26,7 +26,7 @@ COMMAND = Command(
     "train what a configuration describes, or go on with it",
     (
         CONFIG,
-        Flag("workdir", "folder of the run; made when missing", "DIR", required=True),
+        Flag("workdir", "folder of the run, or gs://BUCKET/FOLDER; made when missing", "DIR", required=True),
         Flag("profile", "trace three steps into DIR/profile, with a summary of what took longest"),
         *HOSTS,
     ),

@@ -16,6 +16,7 @@ from tokenlab import evaluate, train
 from tokenlab.compare import report, results
 from tokenlab.compare.arms import Arm, resolve
 from tokenlab.compare.config import CompareConfig
+from tokenlab.core.bucket import is_address
 from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, DataError, NonFiniteError
 from tokenlab.evaluate import expert_load, tokens_picture
@@ -55,6 +56,10 @@ def run(
       SystemExit: a signal stopped a run, as in `train.run`; the same command goes on.
     """
     comparison = to_dataclass(CompareConfig, config)
+    if is_address(workdir):
+        raise ConfigError(
+            f"--workdir={workdir}: a comparison is of one machine; expected a folder on it, or a mounted bucket."
+        )
     folder = Path(workdir)
     known = [arm["name"] for arm in comparison.arms]
     for name in arms:

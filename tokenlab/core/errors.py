@@ -46,6 +46,10 @@ class NonFiniteError(TokenLabError):
     """Training met a value that is not finite; the message names the step and the first such leaf."""
 
 
+class StorageError(TokenLabError):
+    """A bucket that does not exist, refuses, or cannot be reached."""
+
+
 class HostsError(TokenLabError):
     """Processes of one job that do not find each other or disagree, or one of them that is gone or stuck."""
 

@@ -14,6 +14,7 @@ from tokenlab.evaluate.results import Measured
 from tokenlab.evaluate.trained import Trained, load_each
 from tokenlab.train import compilation
 from tokenlab.train.manifest import Which
+from tokenlab.train.mirror import here
 from tokenlab.train.records import read_metrics, write_json
 
 Painter = Callable[[Trained, str, Path], list[str]]
@@ -37,7 +38,7 @@ def run(
     """Evaluate, print a table, write what is asked for.
 
     Args:
-      workdir: of a training run.
+      workdir: of a training run, or its address, to which pictures are then written.
       overrides: dotted key -> text or value; see `settings.MAY_CHANGE`. `model.stack` and `eval.stack` both mean the
         stack to evaluate with, or several with ";" between them; by default it is the one that the run evaluates with.
       split: of the data.
@@ -56,6 +57,21 @@ def run(
     Raises:
       TokenLabError: see `load_each` and `measure`; nothing was written then.
     """
+    with here(workdir, push=jax.process_index() == 0 and bool(pictures)) as folder:
+        return _run(folder, overrides, split, json, pictures, checkpoint, per_class, probes, painters)
+
+
+def _run(
+    workdir: Path,
+    overrides: Mapping[str, Any] | None,
+    split: str,
+    json: str | Path | None,
+    pictures: bool | Literal["all"],
+    checkpoint: Which,
+    per_class: bool,
+    probes: str | None,
+    painters: Sequence[Painter],
+) -> dict[str, Any]:
     names = () if probes is None else probe.parse(probes)
     trained = load_each(workdir, overrides, checkpoint)
     first = trained[0]
@@ -75,9 +91,9 @@ def run(
     if json is not None:
         write_json(json, answer)
     if pictures:
-        lines = draw(trained, measured, Path(workdir), split, everything=pictures == "all")
+        lines = draw(trained, measured, workdir, split, everything=pictures == "all")
         for painter in painters:
-            lines += painter(first, split, Path(workdir))
+            lines += painter(first, split, workdir)
         for line in lines:
             _console().print(line, markup=False, highlight=False, soft_wrap=True)
     return answer

@@ -11,8 +11,10 @@ from tokenlab import data, models, tasks
 from tokenlab.core.errors import CheckpointError, ConfigError, TokenLabError
 from tokenlab.evaluate import settings
 from tokenlab.models.state import fill, fit_state
+from tokenlab.train import places
 from tokenlab.train.initialize import evaluation_params
 from tokenlab.train.manifest import Which
+from tokenlab.train.mirror import here
 from tokenlab.train.records import read_run
 
 
@@ -69,7 +71,7 @@ def load_each(
     The run may still be under way; nothing of it is changed.
 
     Args:
-      workdir: of a training run.
+      workdir: of a training run, or its address.
       overrides: dotted key -> text or value; see `settings.MAY_CHANGE`. "eval.stack" may hold several stacks with ";"
         between them.
       checkpoint: "latest", "best" or a step.
@@ -83,13 +85,19 @@ def load_each(
       ConfigError, StackError, NameLookupError, ShapeError: settings that make no sense at evaluation, or do not fit.
       CheckpointError: no such checkpoint, a damaged one, or one whose parameters do not fit a stack.
     """
-    workdir = Path(workdir)
+    with here(workdir) as folder:
+        return _load_each(folder, str(workdir), overrides, checkpoint, examples)
+
+
+def _load_each(
+    workdir: Path, name: str, overrides: Mapping[str, Any] | None, checkpoint: Which, examples: bool
+) -> tuple[Trained, ...]:
     chosen = settings.read(workdir, overrides or {})
     config = chosen.config
     task = tasks.build(config.task)
     source = data.build(config.data) if examples else data.without_examples(config.data)
-    if not (workdir / "checkpoints").is_dir():
-        raise CheckpointError(f"{workdir} holds no checkpoints yet: train it first, or give another workdir.")
+    if not places.of_run(workdir).steps():
+        raise CheckpointError(f"{name} holds no checkpoints yet: train it first, or give another workdir.")
     params, meta = evaluation_params(workdir, checkpoint)
     settings_of_model = _with_grid_of_training(config.model, read_run(workdir))
     found = []
@@ -104,7 +112,7 @@ def load_each(
                 train=False,
             )
             wanted = model.abstract_state()
-            leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {workdir}")
+            leaves, notes = fit_state(params, wanted, source=f"checkpoint {meta['step']} of {name}")
         except TokenLabError as error:
             if len(chosen.stacks) == 1:
                 raise

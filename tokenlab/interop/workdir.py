@@ -24,7 +24,7 @@ from tokenlab.interop import vit_weights
 from tokenlab.interop.vit_weights import Weights
 from tokenlab.models.state import fit_state
 from tokenlab.models.vit import SIZES, ViTConfig
-from tokenlab.train import compilation, experiment, manifest
+from tokenlab.train import compilation, experiment, mirror, places
 from tokenlab.train.checkpoint import Checkpoints
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import Workdir
@@ -58,7 +58,7 @@ def import_weights(
     Args:
       file: .safetensors, of a ViT in a layout of `tokenlab.interop.layouts`. A Hugging Face config.json beside it is
         read too.
-      workdir: made when missing; it may hold no checkpoint yet.
+      workdir: a folder or an address, made when missing; it may hold no checkpoint yet.
       config: of the run: data, task and the rest. Of `config.model`, what the weights imply is filled in.
       given: keys of the configuration that the user gave ("model.width"): those, and model settings other than their
         defaults, may not contradict the weights.
@@ -72,8 +72,8 @@ def import_weights(
       TokenLabError: a setting that contradicts the weights, or anything else a run of this configuration would raise.
         Nothing has been written then.
     """
-    file, workdir = Path(file), Path(workdir)
-    if (workdir / "checkpoints").is_dir() and manifest.committed_steps(workdir / "checkpoints"):
+    file = Path(file)
+    if places.in_workdir(workdir).steps():
         raise ConfigError(f"{workdir} holds checkpoints already: give another workdir to import into.")
     model = plain(config.model)
     explicit = {key.removeprefix("model.") for key in given if key.startswith("model.")}
@@ -311,19 +311,21 @@ def _check_data(config: ConfigDict, weights: Weights) -> None:
 def _write(
     run: experiment.Experiment,
     config: ConfigDict,
-    workdir: Path,
+    workdir: str | Path,
     leaves: Mapping[str, np.ndarray],
     imported: Mapping[str, str],
 ) -> None:
     """The workdir of a run that has done no step, with its state in a checkpoint."""
     compilation.use_cache(run.config.compilation_cache)
     with (
-        Workdir(workdir, config) as folder,
+        mirror.opened(workdir) as mirrored,
+        Workdir(mirrored or workdir, config) as folder,
         Checkpoints(
             folder.checkpoints,
             keep=run.config.keep_checkpoints,
             best=run.task.better,
             metric=run.task.primary,
+            before=folder.secure,
         ) as checkpoints,
     ):
         state = run.init(leaves)

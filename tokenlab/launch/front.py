@@ -15,9 +15,10 @@ from typing import Any
 
 from tokenlab.core import config as core_config
 from tokenlab.core import names
+from tokenlab.core.bucket import is_address
 from tokenlab.core.errors import ConfigError, NameLookupError, suggest
 from tokenlab.launch import processes, snapshot
-from tokenlab.launch.job import Job, Plan, check_line, is_address, job_name, one_line, shell
+from tokenlab.launch.job import Job, Plan, check_line, job_name, one_line, shell
 from tokenlab.sharding.axes import SIZES
 
 PACKAGE = "tokenlab.launch"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokenlab.core.bucket import is_address
 from tokenlab.core.errors import ConfigError
 
 SHORT = 7  # words of a command that is printed as one line
@@ -152,11 +153,6 @@ class Plan:
     together: bool = False
     port: int | None = None
     notes: tuple[str, ...] = ()
-
-
-def is_address(path: str) -> bool:
-    """Whether a workdir is an address (`gs://bucket/folder`) instead of a path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
 def shell(words: Sequence[str]) -> str:

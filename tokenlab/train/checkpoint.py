@@ -2,7 +2,8 @@
 
 A checkpoint is a folder named by its step. Orbax writes the arrays into it asynchronously, under a temporary
 name; `meta.json` and a manifest of checksums are added (tokenlab/train/manifest.py), and one rename makes it
-a checkpoint. A damaged one is never read: restoring takes the one before it and says so.
+a checkpoint. In a bucket it is the manifest, written last, that does (tokenlab/train/places.py). A damaged one is never
+read: restoring takes the one before it and says so.
 """
 
 from __future__ import annotations
@@ -12,36 +13,35 @@ import json
 import logging
 import math
 import os
-import shutil
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
-from tokenlab.core.errors import CheckpointError, suggest
+from tokenlab.core.bucket import Bucket
+from tokenlab.core.errors import CheckpointError, StorageError, suggest
 from tokenlab.sharding import agree
-from tokenlab.train import leaves, manifest
+from tokenlab.train import leaves, manifest, places
 from tokenlab.train.manifest import Which, one_line
-
-_TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder it has not finished
-_DELETED = ".deleted"
 
 
 class Checkpoints:
     """The checkpoints of one run: saved in the background, the newest ones and the best one kept.
 
     With several processes each of them makes one and calls the same methods in the same order, on a file
-    system that all of them see.
+    system that all of them see, or in a bucket.
 
     Args:
-        directory: the folder of the checkpoints; created when missing. What a killed save left is removed.
+        directory: the folder of the checkpoints, or its address; created when missing. What a killed save left is
+            removed.
         keep: how many of the newest checkpoints stay, >= 1.
         best: whether the checkpoint with the largest ("max") or smallest ("min") `metric` stays too, the
             earliest of equals. None: none does.
         metric: the key of that metric in the `metrics` given to `save`.
+        before: called in the first process, in the background, before a checkpoint becomes one: what has to be safe
+            by then. What it raises fails the save.
 
     Raises:
         CheckpointError: `keep` or `best` is out of range, or the folder cannot be made.
@@ -49,26 +49,24 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Bucket,
         *,
         keep: int,
         best: Literal["max", "min"] | None = None,
         metric: str = "accuracy",
+        before: Callable[[], None] | None = None,
     ) -> None:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise CheckpointError(f"keep={keep!r} checkpoints; expected an integer of at least 1")
         if best not in ("max", "min", None):
             raise CheckpointError(f"best={best!r}; expected 'max', 'min' or None")
         _silence_orbax()
-        self.directory = Path(directory).absolute()
-        self._keep, self._mode, self._metric = keep, best, metric
+        self._place = places.place(directory)
+        self._keep, self._mode, self._metric, self._before = keep, best, metric, before
         self._primary = jax.process_index() == 0
         try:
             if self._primary:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                for left in self.directory.iterdir():
-                    if _TEMPORARY in left.name or left.name.endswith(_DELETED):
-                        shutil.rmtree(left)
+                self._place.open()
         except OSError as error:
             raise CheckpointError(
                 f"cannot open the checkpoint folder {directory}: {one_line(error)}; expected a folder that "
@@ -82,7 +80,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a committed checkpoint, ascending."""
-        return manifest.committed_steps(self.directory)
+        return self._place.steps()
 
     def best_step(self) -> int | None:
         """The step of the best metric among the checkpoints present; None when none has one."""
@@ -118,7 +116,7 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             raise CheckpointError(
-                f"step {step} is saved already in {self.directory}; expected a step without a checkpoint "
+                f"step {step} is saved already in {self._place}; expected a step without a checkpoint "
                 "(Checkpoints.steps() lists those that have one)"
             )
         named = leaves.named(state)
@@ -148,7 +146,7 @@ class Checkpoints:
         try:
             with jax.transfer_guard("allow"):  # copying the state to the host is what a save is for
                 arrays = ocp.args.PyTreeSave(leaves.to_save(named))
-                self._checkpointer.save(self.directory / str(step), args=arrays)
+                self._checkpointer.save(self._place.path(step), args=arrays)
         except Exception as error:  # whatever Orbax raises, the user is told in one line
             self._discard(step)
             raise self._save_error(step, error) from error
@@ -211,7 +209,7 @@ class Checkpoints:
         chosen = -1 if steps else -2
         if self._primary:
             for step in reversed(steps):
-                reason = manifest.damage(self.directory / str(step))
+                reason = self._place.damage(step)
                 if reason is None:
                     chosen = step
                     break
@@ -222,7 +220,7 @@ class Checkpoints:
         if chosen == -1:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {self.directory} can be read ({reasons}); move the "
+                f"none of the {len(steps)} checkpoints in {self._place} can be read ({reasons}); move the "
                 "folder away, or give another workdir, to start anew"
             )
         state, meta = self._restore(chosen, abstract_state)
@@ -241,63 +239,65 @@ class Checkpoints:
             CheckpointError: there is no such checkpoint, it is damaged, or it is of another model.
         """
         self.wait()
-        step = agree.from_primary(manifest.whole_step(self.directory, which) if self._primary else -1)
+        step = agree.from_primary(places.whole_step(self._place, which) if self._primary else -1)
         return *self._restore(step, abstract_state), step
 
     def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        folder = self.directory / str(step)
-        record = manifest.read_record(folder)
-        return leaves.restore(folder, record["leaves"], abstract_state), record["meta"]
+        record = self._place.read_record(step)
+        return leaves.restore(self._place.path(step), record["leaves"], abstract_state), record["meta"]
 
     def _new_checkpointer(self) -> ocp.AsyncCheckpointer:
         # Made in the background, a folder that cannot be made leaves threads that wait five minutes for it.
         options = ocp.options.AsyncOptions(
-            post_finalization_callback=self._seal, create_directories_asynchronously=False
+            post_finalization_callback=None if self._place.seals_last else self._seal,
+            create_directories_asynchronously=False,
         )
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
 
     def _seal(self) -> None:
-        """Completes the folder that Orbax has filled and is about to rename.
+        """Completes the folder that Orbax has filled; in the first process, in the background.
 
-        Runs in Orbax's thread, in the first process only. An error raised here fails the save.
+        An error raised here fails the save.
         """
         assert self._pending is not None
-        step, record = self._pending
-        (folder,) = self.directory.glob(f"{step}{_TEMPORARY}*")
-        manifest.seal(folder, record)
+        if self._before is not None:
+            self._before()
+        self._place.seal(*self._pending)
 
     def _finish(self, step: int, value: float | None) -> None:
         """Waits for the save under way, then removes what is to be kept no longer; the body of a thread."""
         try:
             self._checkpointer.wait_until_finished()
+            if self._place.seals_last and self._primary:
+                self._seal()
         except BaseException as error:  # left to the thread it would be a traceback on stderr, and lost
             self._discard(step)
             self._failure = self._save_error(step, error)
             return
         self._values[step] = value
-        steps = self.steps()
-        for old in sorted(set(steps) - {*steps[-self._keep :], self.best_step()}):
-            self._values.pop(old, None)
-            try:
+        old = None
+        try:
+            steps = self.steps()
+            for old in sorted(set(steps) - {*steps[-self._keep :], self.best_step()}):
+                self._values.pop(old, None)
                 if self._primary:
-                    # Renamed first: a process killed while it removes files leaves no half of a checkpoint.
-                    shutil.rmtree((self.directory / str(old)).rename(self.directory / f"{old}{_DELETED}"))
-            except OSError as error:
-                self._failure = CheckpointError(
-                    f"cannot remove the old checkpoint {old} in {self.directory}: {one_line(error)}; "
-                    f"expected a folder that can be written to (step {step} is saved)"
-                )
+                    self._place.remove(old)
+        except (OSError, StorageError) as error:
+            self._failure = CheckpointError(
+                f"cannot remove the old checkpoint {old} in {self._place}: {one_line(error)}; "
+                f"expected a folder that can be written to (step {step} is saved)"
+            )
 
     def _check_space(self, step: int, needed: int) -> None:
         """Tells of a full disk before anything is written; a quota only shows while writing."""
         try:
-            free = shutil.disk_usage(self.directory).free // 10**6 if self._primary else 0
+            free = self._place.free() if self._primary else None
         except OSError as error:
             raise self._save_error(step, error) from error
-        free = agree.from_primary(free)
-        if free * 10**6 < needed:
+        free = agree.from_primary(None if free is None else free // 10**6)
+        if free is not None and free * 10**6 < needed:
             raise CheckpointError(
-                f"cannot save step {step} in {self.directory}: it takes {needed / 1e6:.1f} MB of space and {free} MB "
+                f"cannot save step {step} in {self._place}: it takes {needed / 1e6:.1f} MB of space and {free} MB "
                 "are free; make room, or give another workdir"
             )
 
@@ -307,34 +307,32 @@ class Checkpoints:
             self._checkpointer.close()
         self._checkpointer = self._new_checkpointer()
         if self._primary:
-            for left in self.directory.glob(f"{step}{_TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._place.discard(step)
 
     def _save_error(self, step: int, error: BaseException) -> CheckpointError:
-        remaining = ", ".join(map(str, self.steps())) or "none"
+        remaining = "not known"
+        with contextlib.suppress(StorageError):
+            remaining = ", ".join(map(str, self.steps())) or "none"
         return CheckpointError(
-            f"cannot save step {step} in {self.directory}: {one_line(error)}; expected a folder that can be "
+            f"cannot save step {step} in {self._place}: {one_line(error)}; expected a folder that can be "
             f"written to, with free space (whole checkpoints: {remaining})"
         )
 
     def _move_aside(self, step: int) -> str:
-        folder = self.directory / str(step)
-        number = 1
-        while (aside := self.directory / f"{step}.damaged-{number}").exists():
-            number += 1
         try:
-            folder.rename(aside)
+            aside = self._place.move_aside(step)
         except OSError as error:
             raise CheckpointError(
-                f"cannot move the damaged checkpoint {folder} aside: {one_line(error)}; move it away by hand"
+                f"cannot move the damaged checkpoint {self._place.path(step)} aside: {one_line(error)}; move it away "
+                "by hand"
             ) from error
         self._values.pop(step, None)
-        return aside.name
+        return aside
 
     def _value_on_disk(self, step: int) -> float | None:
         """The metric of a checkpoint of an earlier session; None where its meta data cannot be read."""
         with contextlib.suppress(CheckpointError):
-            return manifest.read_record(self.directory / str(step))["metrics"].get(self._metric)
+            return self._place.read_record(step)["metrics"].get(self._metric)
         return None
 
 
@@ -344,7 +342,7 @@ def load_params(
     """Reads one part of a saved state without knowing the rest (the optimizer). Changes nothing on disk.
 
     Args:
-        path: a workdir, or its folder of checkpoints.
+        path: a workdir, its folder of checkpoints, or the address of one of these.
         which: "latest", "best", or a step.
         part: the name of the part at the top of the state: "params", "ema", ...
 
@@ -356,13 +354,10 @@ def load_params(
         CheckpointError: there is no such checkpoint or no such part in it, or the checkpoint is damaged.
     """
     _silence_orbax()
-    directory = Path(path).absolute()
-    if (directory / "checkpoints").is_dir():
-        directory = directory / "checkpoints"
-    step = manifest.whole_step(directory, which)
-    folder = directory / str(step)
-    record = manifest.read_record(folder)
-    return leaves.restore_part(folder, record["leaves"], part), {**record["meta"], "step": step}
+    where = places.of_run(path)
+    step = places.whole_step(where, which)
+    record = where.read_record(step)
+    return leaves.restore_part(where.path(step), record["leaves"], part), {**record["meta"], "step": step}
 
 
 class _NotFromOrbax(logging.Filter):

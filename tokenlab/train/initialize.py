@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokenlab.core.bucket import is_address
 from tokenlab.core.errors import CheckpointError, TokenLabError
 from tokenlab.layers.program import Program
 from tokenlab.layers.statistics import STATISTICS, join
@@ -18,6 +19,7 @@ from tokenlab.models.upcycle import upcycle
 from tokenlab.sharding.rules import path_of
 from tokenlab.train.checkpoint import Which, load_params
 from tokenlab.train.config import InitFrom
+from tokenlab.train.mirror import here
 from tokenlab.train.records import read_run
 
 
@@ -25,7 +27,7 @@ def evaluation_params(path: str | Path, which: Which = "latest") -> tuple[dict[s
     """What a run is evaluated with: the moving average of its parameters where it keeps one, and its statistics.
 
     Args:
-        path: its workdir, or its checkpoints folder.
+        path: its workdir, its checkpoints folder, or the address of one of these.
         which: "latest", "best" or a step.
 
     Returns:
@@ -49,8 +51,8 @@ def load(
     """The parameters that `config.init_from` says to load, by path ("head/kernel"); the rest is initialised.
 
     Args:
-        config: `path` is a workdir or its checkpoints folder: its newest checkpoint is read, of it the moving average
-            where one was kept. Parameters under a path of `fresh` are left to initialisation.
+        config: `path` is a workdir or its checkpoints folder, here or in a bucket: its newest checkpoint is read, of it
+            the moving average where one was kept. Parameters under a path of `fresh` are left to initialisation.
         shapes: parameters of the new model (anything with `shape`).
         model: the new one, for `config.upcycle`.
         notes: gets what is to be told, one line each: what is left out, statistics that only one side has.
@@ -61,18 +63,27 @@ def load(
     """
     if config.path is None:
         return {}
+    if is_address(config.path):
+        with here(config.path) as folder:
+            return _load(config, folder, shapes, model, notes)
     if not Path(config.path).is_dir():
         raise CheckpointError(
             f"config.init_from.path is {config.path!r}, no folder: give the workdir of another run."
         )
-    tree, _ = evaluation_params(config.path)
+    return _load(config, Path(config.path), shapes, model, notes)
+
+
+def _load(
+    config: InitFrom, path: Path, shapes: Any, model: Any, notes: list[str] | None
+) -> dict[str, np.ndarray]:
+    tree, _ = evaluation_params(path)
     source, fresh = f"the checkpoint in {config.path}", config.fresh
     if config.upcycle:
         if model is None or model.program is None:
             raise CheckpointError(
                 "config.init_from.upcycle: this model has no stack, so no experts; leave it out."
             )
-        origin = _trained_stack(config.path, model)
+        origin = _trained_stack(path, model)
         tree, anew = upcycle(
             tree, model.program, shapes, origin=origin, noise=config.upcycle_noise, source=source
         )
@@ -83,9 +94,9 @@ def load(
     return leaves
 
 
-def _trained_stack(path: str, model: Any) -> Program | None:
+def _trained_stack(path: Path, model: Any) -> Program | None:
     """The stack that a run trained, as it would be in `model`; None where no run.json tells it."""
-    folder = next((at for at in (Path(path), Path(path).parent) if (at / "run.json").is_file()), None)
+    folder = next((at for at in (path, path.parent) if (at / "run.json").is_file()), None)
     text = None if folder is None else read_run(folder).get("stack")
     if not text:
         return None

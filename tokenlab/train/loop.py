@@ -24,8 +24,9 @@ from ml_collections.config_dict import ConfigDict
 from tokenlab import tasks
 from tokenlab.core.errors import ConfigError
 from tokenlab.sharding import agree, watch
-from tokenlab.train import compilation, initialize
+from tokenlab.train import compilation, initialize, places
 from tokenlab.train import experiment as experiments
+from tokenlab.train import mirror as mirrors
 from tokenlab.train.checkpoint import Checkpoints
 from tokenlab.train.evaluation import means
 from tokenlab.train.experiment import TRAIN_SPLIT, Experiment
@@ -57,8 +58,8 @@ def run(
 
     Args:
         config: see `tokenlab.train.config.TrainConfig`.
-        workdir: folder of the run; made when missing. It then holds config.json, run.json, metrics.jsonl, TensorBoard
-            events and checkpoints/.
+        workdir: folder of the run, or its address (`gs://BUCKET/FOLDER`); made when missing. It then holds config.json,
+            run.json, metrics.jsonl, TensorBoard events and checkpoints/.
         experiment: built of `config` already, by one who trains it from several seeds; None builds it.
         profile: trace a few steps into `workdir`/profile, see `tokenlab.train.profile`.
         sampler: makes what draws samples every `config.sample_every` steps (`tokenlab.generate.Samples`), of the
@@ -78,15 +79,16 @@ def run(
     experiment = experiments.build(config) if experiment is None else experiment
     if profile:
         window(0, experiment.config.steps, experiment.stack_vars.alternations(0, experiment.config.steps))
-    draws = _sampler(experiment, Path(workdir), sampler)
-    loaded: Mapping[str, Any] = {}
-    told: list[str] = []
-    if not agree.from_primary(_has_checkpoint(Path(workdir))):
-        model = experiment.model
-        loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model, notes=told)
-    compilation.use_cache(experiment.config.compilation_cache)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(Workdir(workdir, config))
+        mirror = stack.enter_context(mirrors.opened(workdir))
+        draws = _sampler(experiment, mirror.path if mirror else Path(workdir), sampler)
+        loaded: Mapping[str, Any] = {}
+        told: list[str] = []
+        if not agree.from_primary(_has_checkpoint(workdir)):
+            model = experiment.model
+            loaded = initialize.load(experiment.config.init_from, model.abstract_state(), model, notes=told)
+        compilation.use_cache(experiment.config.compilation_cache)
+        folder = stack.enter_context(Workdir(mirror or workdir, config))
         folder.keep_tokenizer(experiment.source.tokenizer)
         if jax.process_count() > 1:  # the first process alone decides whether the workdir may be used
             agree.meet()
@@ -97,6 +99,7 @@ def run(
                 keep=experiment.config.keep_checkpoints,
                 best=experiment.task.better,
                 metric=experiment.task.primary,
+                before=folder.secure,
             )
         )
         progress = stack.enter_context(
@@ -128,9 +131,9 @@ def _sampler(
     return made_by(experiment, workdir)
 
 
-def _has_checkpoint(workdir: Path) -> bool:
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+def _has_checkpoint(workdir: str | Path) -> bool:
+    """Whether there is one, whole or not; the first process alone looks."""
+    return jax.process_index() == 0 and bool(places.in_workdir(workdir).steps())
 
 
 class Trainer:
@@ -207,7 +210,7 @@ class Trainer:
     def _check_step(self) -> None:
         if self.step > self.config.steps:
             raise ConfigError(
-                f"config.steps is {self.config.steps}, but the run in {self.folder.path} has done {self.step} already: "
+                f"config.steps is {self.config.steps}, but the run in {self.folder.name} has done {self.step} already: "
                 "give at least as many, or another workdir."
             )
 

@@ -4,6 +4,9 @@
 the run. `manifest.sha256` holds a checksum of each file in the format of `sha256sum -c`. Orbax and
 TensorStore notice much of the damage a file can take, but not all of it (array data carries no checksum of
 its own), so the manifest is what decides whether a checkpoint is whole.
+
+In a bucket, which knows the MD5 of each object, the manifest is `manifest.md5`, in the format of `md5sum -c`; a
+checkpoint that is copied from one place to the other is whole there too.
 """
 
 from __future__ import annotations
@@ -11,18 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenlab.core.errors import CheckpointError
+from tokenlab.core.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.sha256"
+MANIFEST_OF_BUCKET = "manifest.md5"
 META = "meta.json"
 FORMAT = 1
 
 # Orbax rewrites the first and adds the second after the manifest is made, and neither is read on restore.
-_UNLISTED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
+_UNLISTED = {MANIFEST, MANIFEST_OF_BUCKET, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 Which = int | Literal["latest", "best"]
 
@@ -34,32 +38,68 @@ def seal(folder: Path, record: str) -> None:
     """
     _write(folder / META, record)
     files = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
-    # META comes last and a manifest without it is refused: one that was cut short cannot pass for whole.
-    names = [name for name in names if name not in _UNLISTED | {META}] + [META]
-    _write(folder / MANIFEST, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+    names = (path.relative_to(folder).as_posix() for path in files)
+    _write(folder / MANIFEST, text_of({name: _digest(folder / name, "sha256") for name in listed(names)}))
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """Of the names of a checkpoint's files those that its manifest lists, in its order.
+
+    META comes last and a manifest without it is refused: one that was cut short cannot pass for whole.
+    """
+    return [*sorted(set(names) - _UNLISTED - {META}), META]
+
+
+def text_of(digests: Mapping[str, str]) -> str:
+    """The text of a manifest."""
+    return "".join(f"{digest}  {name}\n" for name, digest in digests.items())
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, in a few words; None when each is as it was written."""
+    name, algorithm = MANIFEST, "sha256"
+    if not (folder / MANIFEST).exists() and (folder / MANIFEST_OF_BUCKET).exists():
+        name, algorithm = MANIFEST_OF_BUCKET, "md5"
     try:
-        lines = (folder / MANIFEST).read_text(encoding="utf-8").split("\n")
+        text = (folder / name).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
+        return f"{name} is missing"
     except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {one_line(error)}"
+        return f"{name}: {one_line(error)}"
+
+    def digest(file: str) -> str | None:
+        try:
+            return _digest(folder / file, algorithm)
+        except FileNotFoundError:
+            return None
+
+    return differences(text, name, digest)
+
+
+def differences(text: str, manifest: str, digest: Callable[[str], str | None]) -> str | None:
+    """What differs from a manifest, in a few words; None where nothing does.
+
+    Args:
+        text: of the manifest.
+        manifest: its name.
+        digest: the checksum of a file now; None where there is none.
+    """
+    lines = text.split("\n")
     names = []
     for line in lines[:-1]:
-        digest, _, name = line.partition("  ")
+        expected, _, name = line.partition("  ")
         try:
-            if _sha256(folder / name) != digest:
-                return f"{name} is not as it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
+            found = digest(name)
+        except StorageError:
+            raise
         except (OSError, ValueError) as error:
             return f"{name}: {one_line(error)}"
+        if found is None:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} is not as it was written"
         names.append(name)
-    return None if META in names and lines[-1] == "" else f"{MANIFEST} is cut short"
+    return None if META in names and lines[-1] == "" else f"{manifest} is cut short"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -67,6 +107,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / META).read_text(encoding="utf-8"))
         version = record["format"]
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {folder} is damaged ({META}: {one_line(error)}); give another step"
@@ -93,59 +135,15 @@ def best_of(values: Mapping[int, float | None], mode: str) -> int | None:
     return max(sorted(known), key=known.__getitem__, default=None)
 
 
-def whole_step(directory: Path, which: Which) -> int:
-    """The step of the checkpoint that `which` means, after every file of it was verified.
-
-    Raises CheckpointError when there is no such checkpoint or it is damaged; takes no other one in its place.
-    """
-    steps = committed_steps(directory)
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {directory}; expected a workdir with one, or its checkpoints folder"
-        )
-    if which == "latest":
-        step = steps[-1]
-    elif which == "best":
-        step = _best_on_disk(directory, steps)
-    elif which in steps:
-        step = int(which)
-    else:
-        known = ", ".join(map(str, steps))
-        raise CheckpointError(
-            f"no checkpoint {which!r} in {directory}; expected 'latest', 'best' or one of {known}"
-        )
-    reason = damage(directory / str(step))
-    if reason is not None:
-        others = ", ".join(str(other) for other in steps if other != step) or "none"
-        raise CheckpointError(
-            f"checkpoint {step} in {directory} is damaged ({reason}); give another step (there are: {others})"
-        )
-    return step
-
-
 def one_line(error: BaseException) -> str:
     """The message of an error as one line: long ones without their middle, TensorStore's without its settings."""
     text = " ".join(str(error).split()).split(" [tensorstore_spec")[0] or type(error).__name__
     return text if len(text) <= 400 else f"{text[:150]} ... {text[-245:]}"
 
 
-def _best_on_disk(directory: Path, steps: list[int]) -> int:
-    records = {step: read_record(directory / str(step)) for step in steps}
-    rules = [record["best"] for record in records.values() if record["best"]]
-    best = None
-    if rules:
-        metric = rules[-1]["metric"]
-        best = best_of(
-            {step: record["metrics"].get(metric) for step, record in records.items()}, rules[-1]["mode"]
-        )
-    if best is None:
-        raise CheckpointError(f"no checkpoint in {directory} has a metric to choose the best by; give a step")
-    return best
-
-
-def _sha256(path: Path) -> str:
+def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

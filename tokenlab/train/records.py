@@ -9,6 +9,8 @@ tensorboard/           the same records for TensorBoard
 checkpoints/           see tokenlab/train/checkpoint.py
 samples/               pictures of what the model sampled, where config.sample_every asks for them
 .lock                  held by the process that trains here
+
+A workdir may be in a bucket (`gs://...`): see tokenlab/train/mirror.py.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ import jax
 from ml_collections.config_dict import ConfigDict
 
 import tokenlab
+from tokenlab.core.bucket import Bucket, is_address
 from tokenlab.core.config import diff, from_json, to_json
-from tokenlab.core.errors import ConfigError, DataError, TokenLabError
+from tokenlab.core.errors import ConfigError, DataError, StorageError, TokenLabError
 from tokenlab.train import metrics_file
 from tokenlab.train.config import completed
 from tokenlab.train.metrics_file import MetricsFile
+from tokenlab.train.mirror import Mirror
 
 MAY_CHANGE = (
     "hardware",
@@ -67,20 +71,22 @@ class Workdir:
     """The folder of one run, open for one process to write to; a context manager.
 
     Args:
-        path: the folder; made, on entering, when missing.
+        path: the folder; made, on entering, when missing. Or the mirror of a workdir in a bucket.
         config: the configuration of the run.
         primary: whether this process writes. Of the processes of one job only the first does, and in the others
             the methods do nothing. None: `jax.process_index() == 0`.
 
     Attributes:
-        path: the folder.
-        checkpoints: the folder for checkpoints in it.
+        path: the folder, here.
+        name: of the workdir, for messages: the folder, or its address.
+        checkpoints: the folder for checkpoints in it, or their place in the bucket.
         notes: what is to be told about it after entering, one line each.
 
     Raises:
-        ConfigError: the path is the address of a bucket.
+        ConfigError: the path is an address.
 
     Entering raises:
+        StorageError: a bucket refuses, or cannot be reached.
         ConfigError: the folder belongs to a run of another configuration (the keys that differ are named;
             those of `MAY_CHANGE` and `mesh` may differ) or to an unknown one, another process trains in it, or it
             cannot be made. It stays as it was.
@@ -88,18 +94,17 @@ class Workdir:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Mirror,
         config: Mapping[str, Any] | ConfigDict,
         *,
         primary: bool | None = None,
     ) -> None:
-        if "://" in os.fspath(path):
-            raise ConfigError(
-                f"the workdir is {path}: expected a folder, as locks and records need a file system; mount the bucket, "
-                "and give the folder it is mounted at"
-            )
-        self.path = Path(path).absolute()
-        self.checkpoints = self.path / "checkpoints"
+        if not isinstance(path, Mirror) and is_address(path):
+            raise ConfigError(f"the workdir is {path}: expected a folder, or the mirror of one in a bucket")
+        self._mirror = path if isinstance(path, Mirror) else None
+        self.path = path.path if isinstance(path, Mirror) else Path(path).absolute()
+        self.name = path.bucket if isinstance(path, Mirror) else self.path
+        self.checkpoints: Path | Bucket = self.name / "checkpoints"
         self.notes: list[str] = []
         self._config = config
         self._primary = jax.process_index() == 0 if primary is None else primary
@@ -115,6 +120,8 @@ class Workdir:
         if not self._primary:
             return self
         text = to_json(self._config)
+        if self._mirror:
+            self._mirror.fetch()
         self._changes()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -129,15 +136,26 @@ class Workdir:
             )  # again: another process may have come and gone before the lock was taken
             if changes is None or changes:
                 write_atomic(self.path / "config.json", text + "\n")
-        except BaseException:
-            self.close()
+            if self._mirror:
+                self._mirror.push()
+                self._mirror.start()
+        except BaseException as error:
+            self._close(error)
             raise
         if changes:
             self.notes.append(f"the configuration changed since the last session: {_listed(changes)}")
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        try:
+            self.close()
+        except StorageError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # the error that ended the block is the one to be shown
 
     def close(self) -> None:
         """Closes the files and gives the folder free."""
@@ -149,14 +167,21 @@ class Workdir:
             os.ftruncate(self._lock, 0)
             os.close(self._lock)  # which unlocks it, as the end of the process would
             self._lock = None
+        if self._mirror and self._primary:
+            self._mirror.release()
+
+    def secure(self) -> None:
+        """Returns when all records so far are where no end of this machine can take them: in the bucket, if any."""
+        if self._mirror and self._primary:
+            self._mirror.secure()
 
     def _changes(self) -> list[str] | None:
         """How the configuration differs from the folder's, where it may; None when the folder is new."""
         if not (self.path / "config.json").exists():
             for name in ("metrics.jsonl", "run.json", "checkpoints"):
-                if (self.path / name).exists():
+                if (self.path / name).exists() or (self._mirror and self._mirror.holds(name)):
                     raise ConfigError(
-                        f"{self.path} holds {name} but no config.json, so whose it is cannot be told; give another "
+                        f"{self.name} holds {name} but no config.json, so whose it is cannot be told; give another "
                         "workdir, or put its config.json back"
                     )
             return None
@@ -164,12 +189,18 @@ class Workdir:
         wrong = [line for line in changes if not _may_change(line.split(":")[0])]
         if wrong:
             raise ConfigError(
-                f"{self.path} belongs to a run of another configuration: {_listed(wrong)}; give another "
+                f"{self.name} belongs to a run of another configuration: {_listed(wrong)}; give another "
                 f"workdir, or the configuration in its config.json (only {', '.join(MAY_CHANGE)} and mesh may change)"
             )
         return changes
 
     def _take_lock(self) -> None:
+        if self._mirror:
+            note = self._mirror.take()
+            if note:
+                self.notes.append(note)
+            self._mirror.fetch()  # again, as below
+            return
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,11 +233,13 @@ class Workdir:
         if self._primary:
             return
         deadline = time.monotonic() + patience
+        if self._mirror:
+            self._mirror.fetch()
         while not (self.path / "config.json").exists():
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"process {jax.process_index()} on {socket.gethostname()} does not see "
-                    f"{self.path / 'config.json'}, which process 0 wrote: expected a workdir that all hosts "
+                    f"{self.name}/config.json, which process 0 wrote: expected a workdir that all hosts "
                     "share, such as a mounted bucket or NFS"
                 )
             time.sleep(0.2)
@@ -291,7 +324,9 @@ class Workdir:
         moved, aside = metrics_file.rewind(self.path, step)
         self._metrics = MetricsFile(self.path)
         # TensorBoard drops what earlier files hold from this step on.
-        self._purge_step = step + 1 if any((self.path / "tensorboard").glob("events.*")) else None
+        earlier = any((self.path / "tensorboard").glob("events.*"))
+        earlier = earlier or bool(self._mirror and self._mirror.holds("tensorboard"))
+        self._purge_step = step + 1 if earlier else None
         return [f"moved {moved} records past step {step} to {aside}"] if moved else []
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -305,9 +340,12 @@ class Workdir:
 
         Raises:
             TokenLabError: the file cannot be written (no space).
+            StorageError: another process has taken the workdir over.
         """
         if not self._primary:
             return
+        if self._mirror:
+            self._mirror.tell_if_lost()
         if self._metrics is None:
             raise RuntimeError("Workdir.record before Workdir.rewind")
         self._metrics.append(record)
