@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenlab import __version__
+from tokenlab.core.bucket import is_address
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.names import EXTRA_FOLDERS
 from tokenlab.sharding import recipes
@@ -90,7 +91,8 @@ def collect(config: str, changes: Mapping[str, str], workdir: str) -> Contents:
         if found is not None and found[0] not in about["git"].values():  # mostly it is one checkout
             about["git"][name], files[f"{name}.diff"] = found
     files["about.json"] = (json.dumps(about, indent=2, sort_keys=True) + "\n").encode()
-    files["requirements.txt"] = "".join(f"{line}\n" for line in requirements()).encode()
+    needed = requirements() + (requirements("gcs") if is_address(workdir) else [])
+    files["requirements.txt"] = "".join(f"{line}\n" for line in needed).encode()
     return Contents(files, len(extras))
 
 
