@@ -58,7 +58,6 @@ def test_every_recipe_is_held_and_every_golden_is_of_one() -> None:
 
 
 def test_activations_are_among_them() -> None:
-    """Those of a layer of experts pass from the devices of the tokens to those of the experts."""
-    lines = golden_of("expert:8").read_text().splitlines()
-    passed = [line for line in lines if line.startswith("activation") and "soft_moe" in line]
-    assert [line.split("  ")[3] for line in passed] == ["P(-, expert)", "P(expert)"]
+    lines = golden_of("sequence:2").read_text().splitlines()
+    found = {line.split("  ")[3] for line in lines if line.startswith("activation")}
+    assert {"P(fsdp, sequence)", "P(fsdp, -, ..., ...)"} <= found  # the residual; keys and values of a whole sequence

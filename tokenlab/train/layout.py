@@ -7,6 +7,7 @@ recipes of configs/sharding/, so that a change of a rule, a table or a constrain
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ from tokenlab.train import state as states
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.costs import Spec, batch_shapes
 from tokenlab.train.step import metric_names
+
+_FREE = PartitionSpec.UNCONSTRAINED
 
 
 def layout(config: TrainConfig, spec: Spec, num_outputs: int, mesh: Mesh) -> list[str]:
@@ -73,17 +76,27 @@ def layout(config: TrainConfig, spec: Spec, num_outputs: int, mesh: Mesh) -> lis
     return lines
 
 
-def _line(what: str, leaf: Any, logical: tuple[str | None, ...] | None, place: NamedSharding) -> str:
+def _line(what: str, leaf: Any, logical: Sequence[Any] | None, place: NamedSharding) -> str:
+    """One array; the bytes of dimensions that are the compiler's to split are whole."""
     shape = ",".join(map(str, leaf.shape))
-    size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    axes = "-" if logical is None else f"({', '.join(name or '-' for name in logical)})"
+    fixed = NamedSharding(
+        place.mesh, PartitionSpec(*(None if part is _FREE else part for part in place.spec))
+    )
+    size = math.prod(fixed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    names = ("..." if name is ... else name or "-" for name in logical or ())
+    axes = "-" if logical is None else f"({', '.join(names)})"
     where = "" if place.memory_kind in (None, "device") else f" in {place.memory_kind}"
     return f"{what}  {leaf.dtype.name}[{shape}]  {axes}  {_spec(place.spec)}{where}  {size}"
 
 
 def _spec(spec: PartitionSpec) -> str:
     """A PartitionSpec without jax's ways of printing it."""
-    parts = ("-" if part is None else part if isinstance(part, str) else "+".join(part) for part in spec)
+    parts = []
+    for part in spec:
+        if part is None or part is _FREE:
+            parts.append("-" if part is None else "...")
+        else:
+            parts.append(part if isinstance(part, str) else "+".join(part))
     return f"P({', '.join(parts)})"
 
 
