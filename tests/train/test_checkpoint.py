@@ -269,6 +269,20 @@ def test_another_model_is_an_error_and_no_reason_to_fall_back(copy: Path, change
     assert tree_of_files(copy) == before
 
 
+def test_a_sharding_that_does_not_fit_is_an_error_and_no_damage(copy: Path) -> None:
+    """Another sharding is no fault; one that does not divide an array is said before anything is moved."""
+    before = tree_of_files(copy)
+    like = abstract(make_state())
+    over = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
+    like.params["items"]["odd"] = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=over)  # 4 over 8 devices
+    with Checkpoints(copy, keep=2) as checkpoints:
+        message = r"checkpoint 40 in .* cannot be restored with this sharding: 'params/items/odd', \[4\]: "
+        with pytest.raises(CheckpointError, match=message) as error:
+            checkpoints.restore_latest(like)
+        assert "\n" not in str(error.value) and tree_of_files(copy) == before
+        assert checkpoints.restore_latest(abstract(make_state()))[2] == 40
+
+
 # ----------------------------------------------------------------------------------------------- retention
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -133,6 +134,20 @@ def test_folders_that_are_no_workdir(tmp_path: Path) -> None:
         Workdir(tmp_path / "damaged", CONFIG).__enter__()
     with pytest.raises(ConfigError, match="expected the workdir of a run"):
         read_config(tmp_path / "nowhere")
+
+
+def test_a_workdir_that_has_become_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Workdir(tmp_path, CONFIG):
+        pass
+
+    def refuse(*args: Any, **options: Any) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)  # as root no permission stands in the way
+    with pytest.raises(
+        ConfigError, match=r"as workdir: Read-only file system; expected a folder that can be"
+    ):
+        Workdir(tmp_path, CONFIG).__enter__()
 
 
 def test_processes_that_are_not_the_first_write_nothing(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def restore(folder: Path, saved: Mapping[str, Mapping[str, Any]], abstract_state
     """
     wanted = named(abstract_state)
     _check_fit(folder, saved, wanted)
+    _check_shardings(folder, wanted)
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes, args = {}, {}
     for name, leaf in wanted.items():
@@ -111,6 +112,20 @@ def _check_fit(folder: Path, saved: Mapping[str, Mapping[str, Any]], wanted: Map
                 f"{found.get(name, 'not in it')}, expected {expected.get(name, 'no such leaf')}; give the "
                 "configuration it was trained with, or another workdir"
             )
+
+
+def _check_shardings(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Any sharding does but one that does not divide an array, at which Orbax would stop in the middle."""
+    for name, leaf in wanted.items():
+        sharding = getattr(leaf, "sharding", None)
+        try:
+            if sharding is not None:
+                sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {folder.name} in {folder.parent} cannot be restored with this sharding: {name!r}, "
+                f"{list(leaf.shape)}: {one_line(error)}; give a mesh whose axes divide it"
+            ) from error
 
 
 def _read(
