@@ -61,6 +61,41 @@ def test_a_loop_that_says_its_trips_in_its_condition_alone() -> None:
     assert [times for _, times in executed(text)] == [18, 1]
 
 
+RING = """
+HloModule step
+
+%body (p: (f32[8,16], u32[])) -> (f32[8,16], u32[]) {
+  %p = (f32[8,16]{1,0}, u32[]{:T(128)}) parameter(0)
+  %x = f32[8,16]{1,0} get-tuple-element(%p), index=0
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %one = f32[8,16]{1,0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %other = f32[8,16]{1,0} collective-permute(%one), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %more = u32[]{:T(128)} add(%at, %two), metadata={op_name="dot"}
+  ROOT %out = (f32[8,16]{1,0}, u32[]{:T(128)}) tuple(%other, /*index=1*/%more)
+}
+
+%cond (p: (f32[8,16], u32[])) -> pred[] {
+  %p = (f32[8,16]{1,0}, u32[]{:T(128)}) parameter(0)
+  %bound = u32[]{:T(128)} constant(8), metadata={op_name="dot"}
+  %at.1 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%at.1, %bound), direction=LT, metadata={op_name="dot"}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %t = (f32[8,16]{1,0}, u32[]) tuple(%a, %zero)
+  %w = (f32[8,16]{1,0}, u32[]) while(%t), condition=%cond, body=%body
+  ROOT %r = f32[8,16]{1,0} get-tuple-element(%w), index=0
+}
+"""
+
+
+def test_a_ring_that_is_unrolled_counts_by_two() -> None:
+    (found,) = traffic(RING, 2)
+    assert (found.kind, found.count, found.bytes) == ("collective-permute", 2 * 4, 8 * 512)
+
+
 SPREAD = """
 HloModule step
 

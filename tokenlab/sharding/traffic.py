@@ -17,7 +17,10 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_ELEMENT = re.compile(r"%([\w.\-]+) = \S+ get-tuple-element\(.*index=(\d+)")
+_ADD = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* add\(")
 _CHANNEL = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = .*\bchannel_id=(\d+)")
 _BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _COMPARE = re.compile(r"ROOT .* compare\(([^)]*)\), direction=LT")
@@ -165,17 +168,53 @@ def _times(bodies: Mapping[str, list[str]]) -> dict[str, int | None]:
 
 
 def _trips(loop: str, bodies: Mapping[str, list[str]]) -> int | None:
-    """How often a `while` runs: as it says itself, or up to the constant that its condition compares a counter with.
+    """How often a `while` runs: as it says itself, or until its counter reaches the constant it is compared with.
 
-    `lax.scan` counts from 0 by 1; the compiler for TPUs leaves no more of it than the comparison.
+    Loops count from 0: those of `lax.scan` by 1, and those in which the compiler for TPUs sends parts of an operand
+    around a ring while it multiplies by 2, since it unrolls them once.
     """
     if said := _TRIPS.search(loop):
         return int(said[1])
     condition = _CONDITION.search(loop)
     lines = bodies.get(condition[1], []) if condition else []
-    constants = dict(found.groups() for line in lines if (found := _CONSTANT.search(line)))
+    constants = _constants(lines)
     for line in lines:
         if compared := _COMPARE.search(line):
-            bound = compared[1].split(",")[-1].split()[-1].lstrip("%")
-            return int(constants[bound]) if bound in constants else None
+            counter, bound = (each.split()[-1].lstrip("%") for each in compared[1].split(","))
+            if bound not in constants:
+                return None
+            return -(-constants[bound] // _stride(loop, _index(counter, lines), bodies))
     return None
+
+
+def _constants(lines: Iterable[str]) -> dict[str, int]:
+    return {found[1]: int(found[2]) for line in lines if (found := _CONSTANT.search(line))}
+
+
+def _index(name: str, lines: Iterable[str]) -> int | None:
+    """Which element of a loop's state an instruction is."""
+    for line in lines:
+        if (found := _ELEMENT.search(line)) and found[1] == name:
+            return int(found[2])
+    return None
+
+
+def _stride(loop: str, counter: int | None, bodies: Mapping[str, list[str]]) -> int:
+    """What a loop's body adds to its counter; 1 where it does not say it as a constant."""
+    body = _BODY.search(loop)
+    lines = bodies.get(body[1], []) if body else []
+    after = next((_operands(line) for line in lines if " ROOT " in f" {line}" and " tuple(" in line), [])
+    if counter is None or counter >= len(after):
+        return 1
+    constants = _constants(lines)
+    for line in lines:
+        if (found := _ADD.search(line)) and found[1] == after[counter]:
+            steps = [constants[name] for name in _operands(line) if name in constants]
+            return steps[0] if len(steps) == 1 and steps[0] > 0 else 1
+    return 1
+
+
+def _operands(line: str) -> list[str]:
+    """Names of what an instruction takes."""
+    inside = re.search(r"\b(?:tuple|add)\((.*?)\)(?:, \w+=|$)", re.sub(r"/\*.*?\*/", "", line))
+    return re.findall(r"%([\w.\-]+)", inside[1]) if inside else []
