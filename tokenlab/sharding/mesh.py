@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from tokenlab.core.errors import ShardingError, suggest
 from tokenlab.sharding.axes import AXES, FAR_TO_NEAR, ROLES
 from tokenlab.sharding.rules import Rules, named
+from tokenlab.sharding.slices import dealt_to_slices, slices_of
 
 __all__ = ["AXES", "make_mesh"]
 
@@ -27,6 +28,7 @@ def make_mesh(
 
     Axes that are wanted beside the four (`tokenlab.sharding.axes.ROLES` has them all) stand where they have a size
     above 1. On a TPU every axis gets whole axes of the torus where that is possible, and parts of them where it is not.
+    Of several slices one axis reaches from slice to slice, see `tokenlab.sharding.slices.dealt_to_slices`.
 
     The axes are of type Auto: `jax.make_mesh` would make them Explicit, under which a sharding constraint is an
     assertion instead of a wish.
@@ -84,6 +86,8 @@ def make_mesh(
 
 def _made(sizes: tuple[int, ...], axes: tuple[str, ...], devices: Sequence[jax.Device]) -> Mesh:
     kinds = (AxisType.Auto,) * len(axes)
+    if slices_of(devices) > 1:
+        return Mesh(dealt_to_slices(dict(zip(axes, sizes, strict=True)), devices), axes, axis_types=kinds)
     try:
         return jax.make_mesh(sizes, axes, kinds, devices=devices)
     except NotImplementedError:  # no axis of the TPU's torus, nor a product of them, has that many chips
