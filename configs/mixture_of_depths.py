@@ -53,4 +53,13 @@ def get_config(size: str = "220M") -> ConfigDict:
         text.Config(name="text", files=("data/text/*.jsonl.xz",), length=2048, prefetch=2)
     )
     config.optimizer.update(learning_rate=3e-4, weight_decay=0.1, clip=1.0)
+    if size == "3B":
+        compiled = (
+            "tokenlab compile --config=configs/mixture_of_depths.py:3B --topology=v5p:4x4x4 --outputs=32000"
+        )
+        laid_out = {"mesh.recipe": "fsdp:16"}
+        rule = dict(
+            kind="TPU v5p", devices=64, set=laid_out, step_seconds=0.122, basis="estimated", source=compiled
+        )
+        config.hardware = (rule,)
     return config

@@ -94,4 +94,11 @@ def get_config(run: str = "435M-4t4i") -> ConfigDict:
     config.optimizer.schedule.name = "linear"
     config.optimizer.schedule.warmup_steps = 4000
     config.optimizer.schedule.final = 0.01
+    if run == "1.4B-4t4i":
+        compiled = "tokenlab compile --config=configs/moma.py:1.4B-4t4i --topology=v5p:8x8x8 --outputs=65536"
+        laid_out = {"mesh.recipe": "fsdp_expert:4"}
+        rule = dict(
+            kind="TPU v5p", devices=512, set=laid_out, step_seconds=0.521, basis="estimated", source=compiled
+        )
+        config.hardware = (rule,)
     return config

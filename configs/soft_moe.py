@@ -68,4 +68,11 @@ def get_config(size: str = "S/16") -> ConfigDict:
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.03, clip=1.0)
     config.optimizer.decays = {"head/classifier/kernel": 3.0, "blocks/soft_moe/router/scale": 0.03}
     config.optimizer.schedule.update(name="rsqrt", warmup_steps=10_000, timescale=10_000, decay_steps=50_000)
+    if size == "B/16":
+        compiled = "tokenlab compile --config=configs/soft_moe.py:B/16 --topology=v5e:16x16"
+        laid_out = {"mesh.recipe": "expert:128"}
+        rule = dict(
+            kind="TPU v5e", devices=256, set=laid_out, step_seconds=0.0139, basis="estimated", source=compiled
+        )
+        config.hardware = (rule,)
     return config

@@ -18,6 +18,7 @@ from tokenlab.train.compile_report import compile_report
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import read_config, read_run
 
+ROOT = Path(__file__).parents[2]
 SAID = {"step_seconds": 0.5, "basis": "estimated", "source": "tokenlab compile --topology=v5e:4x4"}
 SLICE = {"kind": "TPU v5e", "devices": 16, "set": {"mesh.data": 1, "mesh.fsdp": 16, "model.remat": "full"}}
 ANY_TPU = {"kind": "TPU *", "set": {"mesh.data": 1, "mesh.fsdp": -1}}
@@ -154,6 +155,22 @@ def test_a_topology_has_the_rule_of_its_kind_and_size() -> None:
     assert hardware.at(given, "v5e:4x4")[0].mesh.fsdp == 16
     assert hardware.at(given, "v5e:4x8")[0].mesh.fsdp == -1
     assert hardware.at(given, "v5p:2x2x4")[1].rule.kind == "TPU *"
+
+
+@pytest.mark.parametrize(
+    ("run", "topology", "mesh"),
+    [
+        ("soft_moe.py:B/16", "v5e:16x16", {"data": 2, "expert": 128}),
+        ("mixture_of_depths.py:3B", "v5p:4x4x4", {"data": 4, "fsdp": 16}),
+        ("moma.py:1.4B-4t4i", "v5p:8x8x8", {"fsdp": 128, "expert": 4}),
+    ],
+)
+def test_the_rules_of_published_runs(run: str, topology: str, mesh: dict[str, int]) -> None:
+    """That for which their step was compiled."""
+    given = configs.to_dataclass(TrainConfig, configs.load(f"{ROOT}/configs/{run}"))
+    found, rule = hardware.at(given, topology)
+    assert found.mesh.sizes(rule.devices) == mesh and f"--topology={topology}" in rule.rule.source
+    assert hardware.at(hardware.without_mesh(given), topology)[0].mesh == given.mesh
 
 
 @pytest.mark.slow

@@ -180,6 +180,8 @@ def compile_report(
       TokenLabError: what is wrong with the configuration, or data that is not here and that nothing describes.
     """
     config = to_dataclass(TrainConfig, config)
+    if mesh:
+        config = hardware_rules.without_mesh(config)
     config, rule = hardware_rules.on(config) if where == HERE else hardware_rules.at(config, where)
     facts, task = outline(config.data), tasks.build(config.task)
     outputs = task.num_outputs(facts) if num_outputs is None else num_outputs

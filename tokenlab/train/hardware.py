@@ -143,6 +143,15 @@ def at(config: TrainConfig, topology: str) -> tuple[TrainConfig, Applied | None]
     return applied(config, f"TPU {kind}", math.prod(sizes))
 
 
+def without_mesh(config: TrainConfig) -> TrainConfig:
+    """The configuration with rules that leave the mesh alone: another one was given."""
+    rules = (
+        dataclasses.replace(rule, set={k: v for k, v in rule.set.items() if not k.startswith("mesh.")})
+        for rule in config.hardware
+    )
+    return dataclasses.replace(config, hardware=tuple(rules))
+
+
 @contextlib.contextmanager
 def told(rule: Applied | None) -> Iterator[None]:
     """Turns a compiler's complaint about an option that a rule has for it into an error that names the rule."""
