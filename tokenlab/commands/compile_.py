@@ -1,4 +1,4 @@
-"""`tokenlab compile`: compile a configuration's train step for devices that need not be there."""
+"""`tokenlab compile`: compile a step of a configuration for devices that need not be there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenlab.core.flags import Arguments, Command, Flag, number
 
 
 def run(arguments: Arguments) -> int:
-    """Compile a configuration's train step for devices that need not be there; 3 when it does not fit them."""
+    """Compile a step of a configuration for devices that need not be there; 3 when it does not fit them."""
     given = arguments.values
     target = writable(given["json"])
     outputs = number("compile: --outputs", given["outputs"])
@@ -30,7 +30,10 @@ def run(arguments: Arguments) -> int:
 
     from tokenlab.train.compile_report import compile_report
 
-    report = compile_report(wanted, given["config"], given["topology"], mesh=mesh, num_outputs=outputs)
+    more = {} if given["new"] is None else {"new": number("compile: --new", given["new"])}
+    report = compile_report(
+        wanted, given["config"], given["topology"], mesh=mesh, num_outputs=outputs, step=given["step"], **more
+    )
     if target is not None:
         Path(target).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     console = Console()
@@ -57,7 +60,7 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 COMMAND = Command(
     run,
-    "compile a configuration's train step for devices that need not be there: memory, traffic, least time",
+    "compile a train or serving step for devices that need not be there: memory, traffic, least time",
     (
         CONFIG,
         Flag(
@@ -68,6 +71,13 @@ COMMAND = Command(
         ),
         Flag("mesh", "devices per axis, such as fsdp=16,expert=16 (default: config.mesh)", "AXIS=N,..."),
         Flag("outputs", "logits, where the data is not here and does not say them", "N"),
+        Flag(
+            "step",
+            "train, evaluate, or of a decoder prefill (prompts as long as it trains on) and decode (a token more)",
+            "NAME",
+            default="train",
+        ),
+        Flag("new", "decode: tokens that memories have room for behind a prompt (default: 256)", "N"),
         JSON,
     ),
     overrides=True,

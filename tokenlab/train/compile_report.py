@@ -1,6 +1,7 @@
 """`tokenlab compile`: would this configuration run on those devices, and how fast could it be at best?
 
-The train step is compiled for devices that need not be there, from shapes alone: neither they nor the data are read.
+The train step, or one of what a trained model does, is compiled for devices that need not be there, from shapes alone:
+neither they nor the data are read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,14 +26,15 @@ from rich.text import Text
 
 from tokenlab import models, tasks
 from tokenlab.core.config import to_dataclass
-from tokenlab.core.errors import CostError
+from tokenlab.core.errors import CostError, ShardingError
 from tokenlab.cost import Cost, Roofline, lookup, pretty, roofline
 from tokenlab.data.outline import outline
 from tokenlab.sharding import rules
-from tokenlab.sharding.topology import topology
-from tokenlab.sharding.traffic import Traffic, traffic
+from tokenlab.sharding.check import Collective
+from tokenlab.sharding.topology import check_compiler, other_libtpu, topology
+from tokenlab.sharding.traffic import Traffic, executed, summed
 from tokenlab.train import hardware as hardware_rules
-from tokenlab.train import schedule
+from tokenlab.train import offline_serving, schedule
 from tokenlab.train.compilation import cache_folder
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.costs import train_cost
@@ -40,6 +43,10 @@ from tokenlab.train.offline import compile_step
 HERE = "here"
 """The topology that is the devices of this process."""
 
+NEW = 256
+"""Tokens behind a prompt, where nobody says how many."""
+
+_GATHERED = ("embed", "expert_embed")
 _OVER = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -52,25 +59,30 @@ class CompileReport:
       config: that was compiled, as the command names it.
       topology: of the devices, such as "v5e:16x16".
       mesh: devices by axis.
+      step: what was compiled: "train", or one of `tokenlab.train.offline_serving.SERVING`.
       batch_size: examples a step, over all devices.
       devices: how many.
       chip: their kind.
       bytes_per_device: memory that each needs at once.
-      state_bytes: of it, what does not depend on the batch: parameters and optimizer.
+      state_bytes: of it, what does not depend on the batch: parameters and, in training, optimizer and averages.
       hbm_bytes: memory that each has; None where it is not known.
       fits: whether the one is at most the other; None where the other is not known.
       flops_per_device: counted, of loss and gradients with what is computed again, shared evenly.
-      collectives: what each device sends in a step, by kind; None where the program was not made, or jaxlib cannot read
-        what a newer libtpu has made.
+      collectives: what each device sends in a step, by kind; None where that is not known.
+      across_expert: of them, those between devices that hold different experts; None as above, or without an axis
+        "expert".
+      collectives_unknown: why they are None; None where they are known.
       roofline: the least time of a step; None where the chip's figures or the collectives are not known.
       batch_that_fits: about the largest batch that would fit, a multiple of the devices that share it; None as above.
       compile_seconds: that compiling took.
+      compile_cpu_seconds: of processors, which is what it takes on one that does nothing else.
       rule: the rule of `config.hardware` that holds there, in one line; None of a configuration without rules.
     """
 
     config: str
     topology: str
     mesh: Mapping[str, int]
+    step: str
     batch_size: int
     devices: int
     chip: str
@@ -80,18 +92,26 @@ class CompileReport:
     fits: bool | None
     flops_per_device: int
     collectives: tuple[Traffic, ...] | None
+    across_expert: tuple[Traffic, ...] | None
+    collectives_unknown: str | None
     roofline: Roofline | None
     batch_that_fits: int | None
     compile_seconds: float
+    compile_cpu_seconds: float
     rule: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with bytes and FLOPs as integers, and seconds."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "roofline"}
         found["mesh"] = dict(self.mesh)
-        found["collectives"] = (
-            None if self.collectives is None else list(map(dataclasses.asdict, self.collectives))
-        )
+        for name, keys in (
+            ("collectives", ("kind", "count", "bytes")),
+            ("across_expert", ("kind", "count", "bytes", "largest")),
+        ):
+            kinds = found[name]
+            found[name] = (
+                None if kinds is None else [{key: getattr(each, key) for key in keys} for each in kinds]
+            )
         least = self.roofline
         found["step_seconds_bound"] = None if least is None else least.seconds
         found["bound"] = None if least is None else least.bound
@@ -103,7 +123,7 @@ class CompileReport:
         shown = Table(
             box=SIMPLE_HEAD,
             show_header=False,
-            title=f"{self.config} on {self.topology}",
+            title=f"{self.config} on {self.topology}, {self.step} step",
             title_justify="left",
         )
         shown.add_column()
@@ -116,15 +136,13 @@ class CompileReport:
             shown.add_row("batch that would fit", f"about {self.batch_that_fits:,}")
         shown.add_row("counted FLOPs a device", pretty(self.flops_per_device))
         if self.collectives is None:
-            shown.add_row(
-                "collectives",
-                "not known: no program was made, or one that jaxlib cannot read (libtpu is newer)",
-            )
+            shown.add_row("collectives", f"not known: {self.collectives_unknown}")
         for each in self.collectives or ():
             shown.add_row(f"{each.kind} a step", f"{each.count:,}, {pretty(each.bytes)}B sent by a device")
         if self.roofline is not None:
             shown.add_row("least time of a step", self._time(self.roofline))
-        shown.add_row("compiled in", f"{self.compile_seconds:.0f} s")
+        spent = f"{self.compile_seconds:.0f} s, {self.compile_cpu_seconds:.0f} s of processors"
+        shown.add_row("compiled in", spent)
         return Group(shown, *([] if self.rule is None else [Text(self.rule)]), Text(self.verdict))
 
     @property
@@ -165,8 +183,10 @@ def compile_report(
     *,
     mesh: Mapping[str, int] | None = None,
     num_outputs: int | None = None,
+    step: str = "train",
+    new: int = NEW,
 ) -> CompileReport:
-    """Compile the train step of a configuration for devices, and say what it would take there.
+    """Compile a step of a configuration for devices, and say what it would take there.
 
     Args:
       config: of a run.
@@ -174,6 +194,8 @@ def compile_report(
       where: kind and shape of a TPU slice, such as "v5e:16x16", or "here" for the devices of this process.
       mesh: devices per axis; None for that of the configuration.
       num_outputs: logits, where the data is not here and does not say them.
+      step: "train", or what a trained model does, see `tokenlab.train.offline_serving.served`.
+      new: tokens that memories have room for behind a prompt, in "decode".
 
     Raises:
       ShardingError: no libtpu, no such slice, or a mesh that does not fit it.
@@ -185,44 +207,98 @@ def compile_report(
     config, rule = hardware_rules.on(config) if where == HERE else hardware_rules.at(config, where)
     facts, task = outline(config.data), tasks.build(config.task)
     outputs = task.num_outputs(facts) if num_outputs is None else num_outputs
+    if step == "train":
+        first = schedule.stack_vars(config.stack_vars, config.steps).usual(0)
+        model = models.build(config.model, spec=facts.spec, num_outputs=outputs, stack_vars=first)
+
+        def counts(size: int) -> Cost:
+            return train_cost(model, task, facts.spec, size, config.optimizer.only)
+
+        compiles = partial(compile_step, config, facts.spec, outputs)
+    else:
+        function = offline_serving.served(config, facts.spec, outputs, step, new)
+        model, counts = function.model, function.cost
+        compiles = partial(offline_serving.compile_serving, config, function)
+    if where != HERE:
+        check_compiler(where)  # which nobody has to wait for
     with contextlib.nullcontext() if where == HERE else one_at_a_time():
         devices: Sequence[Any] = jax.devices() if where == HERE else topology(where)
         sizes = _whole(mesh, len(devices)) if mesh else config.mesh.sizes(len(devices))
         made, over = None, None
         try:
             with hardware_rules.told(rule):
-                made = compile_step(
-                    config, facts.spec, outputs, devices, sizes, xla=rule.xla if rule is not None else None
-                )
+                made = compiles(devices, sizes, xla=rule.xla if rule is not None else None)
         except jax.errors.JaxRuntimeError as error:
             if (over := used_bytes(str(error))) is None:
                 raise
-    first = schedule.stack_vars(config.stack_vars, config.steps).usual(0)
-    model = models.build(config.model, spec=facts.spec, num_outputs=outputs, stack_vars=first)
-    cost = train_cost(model, task, facts.spec, 1, config.optimizer.only) * config.batch_size
+    one, two = counts(1), counts(2)
+    cost = one * config.batch_size
     chip = devices[0].device_kind
     hardware = _datasheet(chip)
-    sent = None if made is None else _traffic(made.compiled, len(devices))
+    ran, reason = None, None if over is None else "no program was made"
+    if made is not None:
+        said = _executed(made.compiled)
+        ran, reason = (None, said) if isinstance(said, str) else (said, None)
+    least = None
+    if made is not None and hardware is not None and ran is not None:
+        each = two.bytes - one.bytes  # what is left does not grow with the batch: weights and gradients
+        shared = weights_read(model, made.mesh) * (one.bytes - each)
+        moved = round(each * config.batch_size / len(devices) + shared)
+        share = dataclasses.replace(cost, flops=cost.flops // len(devices), bytes=moved)
+        least = _roofline(share, config, hardware, summed(ran, len(devices)))
+    crossing = None
+    if made is not None and ran is not None and (axes := expert_axes(made.mesh)):
+        over_experts = [(each, times) for each, times in ran if each.crosses(made.mesh, axes)]
+        crossing = tuple(summed(over_experts, len(devices)))
     needed = over if made is None else made.peak_bytes
-    state = 0 if made is None else made.fixed_bytes
     memory = None if hardware is None else int(hardware.hbm_bytes)
     return CompileReport(
         config=name,
         topology=where,
         mesh=sizes,
+        step=step,
         batch_size=config.batch_size,
         devices=len(devices),
         chip=chip,
         bytes_per_device=int(needed or 0),
-        state_bytes=state,
+        state_bytes=0 if made is None else made.fixed_bytes,
         hbm_bytes=memory,
         fits=None if memory is None else made is not None and made.peak_bytes <= memory,
         flops_per_device=cost.flops // len(devices),
-        collectives=sent,
-        roofline=_roofline(cost, config, hardware, len(devices), sent),
+        collectives=None if ran is None else tuple(summed(ran, len(devices))),
+        across_expert=crossing,
+        collectives_unknown=reason,
+        roofline=least,
         batch_that_fits=_largest(made, memory, config.batch_size),
         compile_seconds=0.0 if made is None else made.seconds,
+        compile_cpu_seconds=0.0 if made is None else made.cpu_seconds,
         rule=None if rule is None else str(rule),
+    )
+
+
+def weights_read(model: Any, mesh: jax.sharding.Mesh) -> float:
+    """The share of a model's weights that one device computes with: all but what other devices hold for good.
+
+    What is split along "embed" is brought together first; along other axes parts stay where they are.
+    """
+    whole = model.abstract_state()
+    table = {
+        path: tuple(None if axis in _GATHERED else axis for axis in axes)
+        for path, axes in model.logical_axes().items()
+    }
+    places = rules.shardings(whole, table, mesh)
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(whole))
+    read = sum(
+        math.prod(place.shard_shape(leaf.shape))
+        for leaf, place in zip(jax.tree.leaves(whole), jax.tree.leaves(places), strict=True)
+    )
+    return read / total
+
+
+def expert_axes(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Axes of a mesh along which devices hold different experts."""
+    return tuple(
+        axis for axis, size in mesh.shape.items() if size > 1 and str(axis).split("_")[-1] == "expert"
     )
 
 
@@ -265,24 +341,21 @@ def _datasheet(chip: str) -> Any:
         return None
 
 
-def _traffic(compiled: Any, devices: int) -> tuple[Traffic, ...] | None:
-    """What is sent; None where this jaxlib cannot read the program that a newer libtpu has made."""
+def _executed(compiled: Any) -> list[tuple[Collective, int]] | str:
+    """What is sent, or why that is not known: this jaxlib may be unable to read what another libtpu has made."""
     try:
-        return tuple(traffic(compiled, devices))
-    except jax.errors.JaxRuntimeError:
-        return None
+        return executed(compiled)
+    except jax.errors.JaxRuntimeError as error:
+        return other_libtpu() or f"jaxlib cannot read the program: {str(error).strip().splitlines()[0]}"
+    except ShardingError as error:
+        return str(error)
 
 
-def _roofline(
-    cost: Cost, config: TrainConfig, hardware: Any, devices: int, sent: tuple[Traffic, ...] | None
-) -> Roofline | None:
-    if hardware is None or sent is None:
-        return None
+def _roofline(cost: Cost, config: TrainConfig, hardware: Any, sent: list[Traffic]) -> Roofline:
+    """The least time of what one device computes, moves and sends."""
     total = sum(each.bytes for each in sent) if hardware.link_bandwidth else 0
     peaks = hardware.peaks(config.model.get("dtype", "float32"))
-    return roofline(
-        cost, peaks, devices=devices, collective_bytes=total, link_bandwidth=hardware.link_bandwidth
-    )
+    return roofline(cost, peaks, collective_bytes=total, link_bandwidth=hardware.link_bandwidth)
 
 
 def _largest(made: Any, memory: int | None, batch: int) -> int | None:

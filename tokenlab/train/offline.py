@@ -30,7 +30,8 @@ class Offline:
       compiled: of `jax.jit(...).lower(...).compile()`; `tokenlab.sharding.check` reads it.
       mesh: it was compiled for.
       seconds: that compiling took.
-      state_bytes: of parameters, optimizer and batch, on each device.
+      cpu_seconds: of processors, which is what it takes on one that does nothing else.
+      state_bytes: of parameters, optimizer and batch (whatever the step takes), on each device.
       temporary_bytes: of what the step needs besides, on each device.
       fixed_bytes: of parameters, optimizer and whatever else is state, on each device: all but the batch.
       host_bytes: of the optimizer, in the host's memory for each device (`config.optimizer.offload`).
@@ -39,6 +40,7 @@ class Offline:
     compiled: Any
     mesh: jax.sharding.Mesh
     seconds: float
+    cpu_seconds: float
     state_bytes: int
     temporary_bytes: int
     fixed_bytes: int
@@ -92,14 +94,29 @@ def compile_step(
             size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             held[place.memory_kind == states.HOST] += size
     rows = row_sharding(made)
-    start = time.perf_counter()
-    with jax.set_mesh(made):
-        step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows, xla=xla)
-        compiled = step.lower(shapes, batch).compile()
-    seconds = time.perf_counter() - start
+    step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows, xla=xla)
+    return lowered(step, (shapes, batch), made, held[False], held[True])
+
+
+def lowered(
+    step: Any, inputs: Sequence[Any], mesh: jax.sharding.Mesh, fixed: int, on_host: int = 0
+) -> Offline:
+    """A jitted function compiled for a mesh.
+
+    Args:
+      step: of `jax.jit`, with the shardings of what it takes.
+      inputs: trees of ShapeDtypeStructs.
+      mesh: of devices that need not be there.
+      fixed, on_host: `Offline.fixed_bytes` and `Offline.host_bytes`.
+    """
+    start, used = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        compiled = step.lower(*inputs).compile()
+    seconds, used = time.perf_counter() - start, time.process_time() - used
     memory = compiled.memory_analysis()
-    sizes = (int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes))
-    return Offline(compiled, made, seconds, *sizes, held[False], held[True])
+    new = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)  # in no input's place
+    state, temporary = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes + new)
+    return Offline(compiled, mesh, seconds, used, state, temporary, fixed, on_host)
 
 
 def _clock(
