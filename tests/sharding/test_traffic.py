@@ -126,6 +126,27 @@ ENTRY %main (a: f32[8,16]) -> f32[32,16] {
 """
 
 
+SCATTERED = """
+HloModule step
+
+%all-reduce-scatter.1 (x: f32[32,16]) -> f32[8,16] {
+  %x = f32[32,16]{1,0} parameter(0)
+  %sum = f32[32,16]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[8,16]{1,0} dynamic-slice(%sum, %at, %zero), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (a: f32[32,16]) -> f32[8,16] {
+  %a = f32[32,16]{1,0} parameter(0)
+  ROOT %r = f32[8,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter() -> None:
+    (found,) = traffic(SCATTERED, 4)
+    assert (found.kind, found.count, found.bytes) == ("reduce-scatter", 1, 2048 * 3 // 4)
+
+
 def test_a_collective_that_is_spread_over_fusions_runs_once() -> None:
     (gathered,) = traffic(SPREAD, 4)
     assert (gathered.kind, gathered.count, gathered.bytes) == ("all-gather", 2, 2 * 2048 * 3 // 4)

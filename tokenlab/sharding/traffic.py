@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ _ELEMENT = re.compile(r"%([\w.\-]+) = \S+ get-tuple-element\(.*index=(\d+)")
 _ADD = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* add\(")
 _CHANNEL = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = .*\bchannel_id=(\d+)")
 _BEGINS = 'custom_call_target="AsyncCollectiveStart"'
+_SCATTERS = "all-reduce-scatter"  # begins the name of such a fusion
 _COMPARE = re.compile(r"ROOT .* compare\(([^)]*)\), direction=LT")
 
 
@@ -47,7 +49,8 @@ def executed(compiled: Any) -> list[tuple[Collective, int]]:
     """Each collective of a program, and how often it runs each time the program does.
 
     The compiler for TPUs may spread one over several fusions, which begin it, go on with it beside their own work, and
-    end it; each holds the instruction, under one channel. Those that begin it are counted.
+    end it; each holds the instruction, under one channel. Those that begin it are counted. A fusion that sums and keeps
+    a part is a reduce-scatter.
 
     Args:
       compiled: what `jax.jit(f).lower(...).compile()` gives, or HLO text.
@@ -66,6 +69,8 @@ def executed(compiled: Any) -> list[tuple[Collective, int]]:
         for collective in collectives("\n".join(lines)):
             if name not in begun and channels.get(collective.name) in apart:
                 continue  # goes on with what another fusion has begun
+            if name.startswith(_SCATTERS) and collective.kind == "all-reduce":
+                collective = _scattered(collective)
             if (
                 name in times
             ):  # else nothing calls it: an operand's type could not be told from its own computation
@@ -120,6 +125,12 @@ def summed(found: Iterable[tuple[Collective, int]], devices: int) -> list[Traffi
         total[collective.kind] += times * sent(collective, devices)
         largest[collective.kind] = max(largest[collective.kind], collective.bytes)
     return [Traffic(kind, counts[kind], total[kind], largest[kind]) for kind, _ in total.most_common()]
+
+
+def _scattered(summed: Collective) -> Collective:
+    """A reduce-scatter that is written as an all-reduce and the part of it that this device keeps."""
+    group = 1 if summed.groups is None else max(map(len, summed.groups))
+    return dataclasses.replace(summed, kind="reduce-scatter", bytes=summed.bytes // group)
 
 
 def _channels(lines: Iterable[str]) -> dict[str, str]:
