@@ -1,0 +1,95 @@
+"""Traffic of mappings by formula, against what compiled programs send."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from tokenlab import Dropless
+from tokenlab.cost.mapping import BlockSizes, Leaf, activation_bytes, exchanged, step_bytes
+from tokenlab.layers.ffn.swiglu import SwiGLU
+from tokenlab.sharding.constrain import constrain
+from tokenlab.sharding.plan import ParallelPlan, every_plan
+from tokenlab.sharding.rules import row_sharding, shardings
+from tokenlab.sharding.traffic import executed, sent
+
+B, N, D, F, E, K = 8, 8, 16, 24, 8, 2
+FOLDED, UNFOLDED = ParallelPlan(tp=2, cp=2, dp=2, etp=1, ep=8), ParallelPlan(dp=8, ep=8)
+PLANS = (
+    FOLDED,
+    UNFOLDED,
+    pytest.param(ParallelPlan(tp=4, dp=2, etp=2, ep=4), marks=pytest.mark.slow),
+    pytest.param(ParallelPlan(cp=2, dp=4, etp=4, ep=2), marks=pytest.mark.slow),
+    pytest.param(ParallelPlan(tp=4, dp=2, etp=1, ep=2), marks=pytest.mark.slow),
+)
+
+
+def travelled(plan):
+    """Numbers that a device sends in a layer of experts, forward, by kind of collective; tables of sizes left out."""
+    layer, mesh = Dropless(E, k=K, expert=SwiGLU(F)), plan.mesh()
+    x = jax.random.normal(jax.random.key(1), (B, N, D))
+    params = layer.init(jax.random.key(0), x)["params"]
+
+    def run(params, x):
+        x = constrain(x, "batch", "sequence", None)
+        return constrain(layer.apply({"params": params}, x)[0], "batch", "sequence", None)
+
+    with jax.set_mesh(mesh):
+        given = (
+            jax.device_put(params, shardings(params, layer.axes(), mesh)),
+            jax.device_put(x, row_sharding(mesh)),
+        )
+        program = jax.jit(run).lower(*given).compile()
+    found = {}
+    for each, times in executed(program):
+        tokens = each.shapes[0][-1] == D and len(each.shapes[0]) > 2
+        if tokens:
+            found[each.kind] = found.get(each.kind, 0) + times * sent(each, 8) / 4
+    return found
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_layers_of_experts_send_what_the_formula_says(plan):
+    wanted, found = exchanged(plan, B * N, K, D), travelled(plan)
+    # XLA:CPU has no ragged all-to-all: there every device gets room for all rows, EP times what is needed.
+    assert found.get("all-to-all", 0) == wanted["exchange"] * plan.ep
+    rest = sum(value for kind, value in found.items() if kind != "all-to-all")
+    assert rest == pytest.approx(wanted["join"] + wanted["add up"] + wanted["gather"])
+    n = B * N // 8
+    if plan.etp == 1:  # the published formula
+        assert wanted["exchange"] == 2 * n * K * D * (plan.ep - 1) / plan.ep and wanted["join"] == 0
+
+
+def test_what_a_step_sends_by_hand():
+    block = BlockSizes(tokens=16, width=8, heads=4, kv_heads=2, head_dim=2, hidden=32)
+    experts = BlockSizes(tokens=16, width=8, heads=4, kv_heads=2, head_dim=2, hidden=32, choices=2)
+    plan = ParallelPlan(tp=2, cp=2, dp=2, etp=1, ep=8)
+    leaves = [
+        Leaf(640, ("tensor_expert",)),
+        Leaf(6400, ("expert", "sequence_expert", "tensor_expert"), expert=True),
+    ]
+    found = step_bytes(plan, [block, experts], leaves, batch=4, itemsize=2)
+    here = 4 * 16 / 4  # tokens of attention on a device
+    n = 4 * 16 / 8
+    assert found == {
+        "experts": round(2 * 2 * (2 * n * 2 * 8 * 7 / 8 + here * 8 / 2)),
+        "tensor": round(2 * (2 + 1) * 2 * 2 * here * 8 / 2),
+        "sequence": round(2 * 2 * 2 * (4 / 2) * 16 * (2 * 2 * 2 / 2) / 2),
+        "parameters": 0,
+        "gradients": round(2 * 2 * 320 * 3 / 4),
+    }
+    split = ParallelPlan(dp=8, fsdp=4, ep=2)  # fsdp_expert 2, fsdp 2, data 2
+    leaves = [Leaf(640, ("fsdp_expert", "fsdp")), Leaf(6400, ("fsdp_expert", "fsdp"), expert=True)]
+    found = step_bytes(split, [], leaves, batch=8, itemsize=4)
+    assert found["parameters"] == 4 * (3 * 640 * 3 / 4 + 3 * 3200 / 2)
+    assert found["gradients"] == 4 * (2 * 160 / 2 + 2 * 1600 / 2)
+
+
+def test_every_plan_sends_nothing_negative_and_one_device_nothing():
+    block = BlockSizes(tokens=16, width=8, heads=4, kv_heads=2, head_dim=2, hidden=32, choices=2)
+    assert not any(step_bytes(ParallelPlan(), [block], [Leaf(640, ())], 8, 4).values())
+    for plan in every_plan(8, fsdp=True):
+        assert min(step_bytes(plan, [block], [], 8, 4).values()) >= 0
+        assert activation_bytes(plan, [block], 8, 4, outputs=10, remat=False) > 0
+    whole = activation_bytes(ParallelPlan(dp=8), [block] * 4, 8, 4, outputs=10, remat=False)
+    assert activation_bytes(ParallelPlan(dp=8), [block] * 4, 8, 4, outputs=10, remat=True) < whole
