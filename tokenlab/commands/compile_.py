@@ -26,6 +26,13 @@ def run(arguments: Arguments) -> int:
     from tokenlab.core import config
 
     wanted = config.override(config.load(given["config"]), arguments.overrides)
+    if "search" in arguments.switches:
+        for name, usual in (("mesh", None), ("new", None), ("step", "train")):
+            if given[name] != usual:
+                raise ConfigError(f"compile: --search ranks meshes for training; leave out --{name}={given[name]}.")
+        from tokenlab.train import search
+
+        return search.command(wanted, given["config"], given["topology"], outputs=outputs, json_file=target)
     from rich.console import Console
 
     from tokenlab.train.compile_report import compile_report
@@ -77,6 +84,7 @@ COMMAND = Command(
             "NAME",
             default="train",
         ),
+        Flag("search", "compile nothing: rank every mapping of the devices by the roofline, no libtpu needed"),
         Flag("new", "decode: tokens that memories have room for behind a prompt (default: 256)", "N"),
         JSON,
     ),
