@@ -60,4 +60,7 @@ def test_every_recipe_is_held_and_every_golden_is_of_one() -> None:
 def test_activations_are_among_them() -> None:
     lines = golden_of("sequence:2").read_text().splitlines()
     found = {line.split("  ")[3] for line in lines if line.startswith("activation")}
-    assert {"P(fsdp, sequence)", "P(fsdp, -, ..., ...)"} <= found  # the residual; keys and values of a whole sequence
+    assert {
+        "P(fsdp, sequence)",
+        "P(fsdp, -, ..., ...)",
+    } <= found  # the residual; keys and values of a whole sequence

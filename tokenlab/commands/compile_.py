@@ -29,7 +29,9 @@ def run(arguments: Arguments) -> int:
     if "search" in arguments.switches:
         for name, usual in (("mesh", None), ("new", None), ("step", "train")):
             if given[name] != usual:
-                raise ConfigError(f"compile: --search ranks meshes for training; leave out --{name}={given[name]}.")
+                raise ConfigError(
+                    f"compile: --search ranks meshes for training; leave out --{name}={given[name]}."
+                )
         from tokenlab.train import search
 
         return search.command(wanted, given["config"], given["topology"], outputs=outputs, json_file=target)
@@ -84,7 +86,9 @@ COMMAND = Command(
             "NAME",
             default="train",
         ),
-        Flag("search", "compile nothing: rank every mapping of the devices by the roofline, no libtpu needed"),
+        Flag(
+            "search", "compile nothing: rank every mapping of the devices by the roofline, no libtpu needed"
+        ),
         Flag("new", "decode: tokens that memories have room for behind a prompt (default: 256)", "N"),
         JSON,
     ),

@@ -116,8 +116,9 @@ class ParallelPlan:
 
     @property
     def folded(self) -> bool:
-        """Whether an axis of the mesh has experts on it and is none of data alone in attention."""
-        return any(axis.endswith("_expert") for axis in self.sizes)
+        """Whether experts use the devices as no subgroup of data parallelism could: beyond dp, or with another etp."""
+        plain = {"data", "fsdp", "sequence", "tensor", "expert", "fsdp_expert"}
+        return not plain.issuperset(self.sizes)
 
     def axes(self, group: str) -> tuple[str, ...]:
         """The mesh axes of tp, cp, fsdp, dp, etp, ep or edp, as a PartitionSpec or a collective takes them."""

@@ -1,0 +1,182 @@
+"""Parallel folding on eight emulated devices: the same training under three mappings, and what each of them sends.
+
+    python experiments/folding/run.py [--steps=200] [--json=FILE]
+
+A decoder of bytes on Tiny Shakespeare: width 64, two blocks, the second with 8 experts of which every token takes 2.
+
+* curves: it is trained from one seed under three plans, unfolded and folded; the losses have to coincide to 1e-4.
+* traffic: bytes that a device sends forward in the layer of experts, of the compiled program and by the formula of
+  tokenlab/cost/mapping.py. XLA:CPU has no ragged all-to-all: every device gets room for all rows, EP times more.
+* capacity: the share of choices dropped and the loss with room for 1 and 1.25 times an even spread, and for all.
+
+Nothing here says how fast folding is: emulated devices share one processor and have no links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DEVICES = 8
+LENGTH, BATCH, WIDTH, HIDDEN, EXPERTS, CHOICES = 64, 8, 64, 128, 8, 2
+LAYERS = {
+    "none": f"dropless(experts={EXPERTS}, k={CHOICES})",
+    "1.25": f"tokens_choice(experts={EXPERTS}, k={CHOICES}, capacity=1.25)",
+    "1": f"tokens_choice(experts={EXPERTS}, k={CHOICES}, capacity=1.0)",
+}
+
+
+def batches(steps: int) -> Iterator[dict[str, Any]]:
+    """The same rows of text for every plan."""
+    import numpy as np
+
+    from tokenlab import data
+    from tokenlab.train import default_config
+
+    config = default_config(model="decoder_lm", task="next_token", data="shakespeare")
+    config.data.length = LENGTH
+    stream = data.TrainStream(data.build(config.data), "train", BATCH, seed=0, rows=np.arange(BATCH))
+    for step in range(steps):
+        yield stream.batch(step)
+
+
+def built(layer: str) -> tuple[Any, Any]:
+    """The model and its task."""
+    from tokenlab import data, models, tasks
+    from tokenlab.train import default_config
+
+    config = default_config(model="decoder_lm", task="next_token", data="shakespeare")
+    config.data.length = LENGTH
+    source, task = data.build(config.data), tasks.build(config.task)
+    stack = f"block + block(ffn={layer})"
+    settings = {
+        "name": "decoder_lm",
+        "size": "toy",
+        "width": WIDTH,
+        "stack": stack,
+        "vocab_multiple": DEVICES,
+    }
+    return models.build(settings, spec=source.spec, num_outputs=task.num_outputs(source)), task
+
+
+def trained(plan: Any, layer: str, steps: int) -> tuple[list[float], float]:
+    """Losses under a plan, and the share of choices that the last step dropped."""
+    import jax
+
+    from tokenlab.sharding.rules import row_sharding
+    from tokenlab.train import optimizer as optimizers
+    from tokenlab.train import state as states
+    from tokenlab.train.config import OptimizerConfig, ScheduleConfig
+    from tokenlab.train.step import make_train_step, metric_names
+
+    model, task = built(layer)
+    schedule = ScheduleConfig(name="constant", warmup_steps=20)
+    optimizer = optimizers.build(OptimizerConfig(learning_rate=1e-3, schedule=schedule), steps + 20)
+    first = next(batches(1))
+    shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in first.items()}
+    names = metric_names(model, task, model.abstract_state(), shapes)
+    mesh, losses, dropped = plan.mesh(), [], 0.0
+    places = states.shardings(jax.eval_shape(lambda: states.create(model, optimizer, names, 0)), model, mesh)
+    rows = row_sharding(mesh)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: states.create(model, optimizer, names, 0), out_shardings=places)()
+        step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows)
+        for batch in batches(steps):
+            before = jax.device_get(state.metrics)
+            state, report = step(state, jax.device_put(batch, rows))
+            losses.append(float(report.loss))
+        after = jax.device_get(state.metrics)
+        for name in after:
+            if name.endswith("dropped"):
+                dropped = float(
+                    (after[name][0] - before[name][0]) / max(after[name][1] - before[name][1], 1e-9)
+                )
+    return losses, dropped
+
+
+def sent(plan: Any) -> dict[str, float]:
+    """Bytes that a device sends forward in one layer of experts: as compiled, and by formula."""
+    import jax
+
+    from tokenlab import Dropless
+    from tokenlab.cost.mapping import exchanged
+    from tokenlab.layers.ffn.swiglu import SwiGLU
+    from tokenlab.sharding.constrain import constrain
+    from tokenlab.sharding.rules import row_sharding, shardings
+    from tokenlab.sharding.traffic import executed
+    from tokenlab.sharding.traffic import sent as bytes_of
+
+    layer, mesh = Dropless(EXPERTS, k=CHOICES, expert=SwiGLU(HIDDEN)), plan.mesh()
+    x = jax.numpy.ones((BATCH, LENGTH, WIDTH))
+    params = layer.init(jax.random.key(0), x)["params"]
+
+    def run(params: Any, x: Any) -> Any:
+        x = constrain(x, "batch", "sequence", None)
+        return constrain(layer.apply({"params": params}, x)[0], "batch", "sequence", None)
+
+    with jax.set_mesh(mesh):
+        given = (
+            jax.device_put(params, shardings(params, layer.axes(), mesh)),
+            jax.device_put(x, row_sharding(mesh)),
+        )
+        program = jax.jit(run).lower(*given).compile()
+    tokens = [(e, n) for e, n in executed(program) if e.shapes[0][-1] == WIDTH and len(e.shapes[0]) > 2]
+    by_formula = exchanged(plan, BATCH * LENGTH, CHOICES, WIDTH)
+    return {
+        "exchange compiled": sum(n * bytes_of(e, DEVICES) for e, n in tokens if e.kind == "all-to-all")
+        / plan.ep,
+        "exchange formula": 4 * by_formula.pop("exchange"),
+        "other compiled": sum(n * bytes_of(e, DEVICES) for e, n in tokens if e.kind != "all-to-all"),
+        "other formula": 4 * sum(by_formula.values()),
+    }
+
+
+def main() -> None:
+    """All three, told on the way."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--json", help="write everything to this file")
+    given = parser.parse_args()
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    from tokenlab.sharding.plan import ParallelPlan
+
+    plans = [
+        ParallelPlan(dp=8, ep=8),
+        ParallelPlan(tp=2, dp=4, etp=2, ep=2),
+        ParallelPlan(tp=2, cp=2, dp=2, etp=1, ep=8),
+    ]
+    found: dict[str, Any] = {"steps": given.steps, "plans": {}, "capacity": {}}
+    for plan in plans:
+        losses, _ = trained(plan, LAYERS["none"], given.steps)
+        found["plans"][str(plan)] = {"losses": losses, "folded": plan.folded, **sent(plan)}
+        print(f"{str(plan):24} loss {losses[0]:.5f} -> {losses[-1]:.5f}", flush=True)
+    curves = [each["losses"] for each in found["plans"].values()]
+    apart = max(max(at) - min(at) for at in zip(*curves, strict=True))
+    found["largest_difference"] = apart
+    print(f"largest difference of the losses at any step: {apart:.2e}")
+    print(f"\n{'bytes a device, forward':24} {'exchange':>22} {'besides':>22}")
+    for name, each in found["plans"].items():
+        pairs = ((each[f"{what} compiled"], each[f"{what} formula"]) for what in ("exchange", "other"))
+        print(
+            f"{name:24} " + " ".join(f"{compiled:>10,.0f} ={formula:>10,.0f}" for compiled, formula in pairs)
+        )
+    for factor, layer in LAYERS.items():
+        losses, dropped = trained(plans[-1], layer, given.steps)
+        found["capacity"][factor] = {"loss": losses[-1], "dropped": dropped}
+        print(f"capacity {factor:5} dropped {dropped:.3f}, loss {losses[-1]:.4f}", flush=True)
+    if given.json:
+        Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if apart > 1e-4:
+        raise SystemExit("the curves do not coincide")
+
+
+if __name__ == "__main__":
+    main()
