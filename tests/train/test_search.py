@@ -1,0 +1,84 @@
+"""Ranking the mappings of a configuration: the legal ones, the best first, without a device or a compiler."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tokenlab import cli
+from tokenlab.core.errors import ConfigError, CostError
+from tokenlab.cost import lookup
+from tokenlab.train import search
+from tokenlab.train.config import default_config
+
+CONFIG = """
+from tokenlab.train import default_config
+
+def get_config(stack="block + block(ffn=dropless(experts=8, k=2))"):
+    config = default_config(model="decoder_lm", task="next_token", data="shakespeare")
+    config.data.length = 64
+    config.model.size, config.model.stack, config.batch_size = "nano", stack, 16
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "mine.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranked(file, tmp_path_factory):
+    told = file.parent / "ranked.json"
+    assert cli.main(["compile", "--search", f"--config={file}", "--topology=v5e:2x4", f"--json={told}"]) == 0
+    return json.loads(told.read_text())
+
+
+def test_every_mapping_is_legal_and_the_best_come_first(ranked):
+    assert ranked["devices"] == 8 and ranked["chip"] == "TPU v5e"
+    found = ranked["mappings"]
+    assert len({json.dumps(each["mesh"], sort_keys=True) for each in found}) == len(found) > 20
+    assert {each["folded"] for each in found} == {True, False} and {each["ep"] for each in found} == {
+        1,
+        2,
+        4,
+        8,
+    }
+    assert all(each["tp"] in (1, 2) for each in found)  # two heads
+    keys = [
+        (not each["fits"], each["step_seconds_bound"], each["seconds_by_resource"]["collective_seconds"])
+        for each in found
+    ]
+    assert keys == sorted(keys)
+    for each in found:
+        assert each["tp"] * each["cp"] * each["dp"] == 8 and each["dp"] % each["fsdp"] == 0
+        sent = sum(each["collective_bytes"].values()) / lookup("TPU v5e").link_bandwidth
+        assert each["seconds_by_resource"]["collective_seconds"] == pytest.approx(sent)
+        assert each["state_bytes"] < each["bytes_per_device"]
+
+
+def test_state_is_shared_by_fsdp_and_experts(ranked):
+    def state(**sizes):
+        plain = {"tp": 1, "cp": 1, "fsdp": 1, "ep": 1, "etp": 1} | sizes
+        return next(e["state_bytes"] for e in ranked["mappings"] if all(e[k] == v for k, v in plain.items()))
+
+    assert state(ep=8) < state(ep=2) < state()
+    assert state(fsdp=8) < state() / 7
+
+
+def test_mistakes(file, capsys):
+    assert cli.main(["compile", "--search", f"--config={file}", "--topology=here"]) == 2
+    assert "--search takes kind and shape, such as v5e:4x4" in capsys.readouterr().err
+    with pytest.raises(CostError, match="no bandwidth of its links"):
+        search.rank(default_config(), 4, lookup("H100 PCIe"))
+    with pytest.raises(CostError, match="no datasheet is known"):
+        search.slice_of("v5f:4x4")
+    config = default_config()
+    config.model.stack, config.batch_size = "block*2", 64
+    with pytest.raises(
+        ConfigError, match=r"no mapping of 7 devices divides the model and config\.batch_size=64"
+    ):
+        search.rank(config, 7, lookup("TPU v5e"))
