@@ -131,9 +131,17 @@ def test_who_was_replaced_finds_out_and_touches_nothing(gcs: FakeGcs) -> None:
     assert gcs.objects == before and kept.is_dir()
 
 
+def test_one_that_is_given_free_meanwhile_is_taken_without_a_note(gcs: FakeGcs) -> None:
+    foreign(gcs)
+    found = Lease(Bucket(ADDRESS), tell=lambda line: gcs.objects.pop("run/.lock"))
+    assert found.take() is None
+    found.release()
+
+
 def test_an_answer_that_is_lost_is_no_loss_of_the_lock(gcs: FakeGcs) -> None:
     found = Lease(Bucket(ADDRESS))
-    found.take()
+    foreign(gcs, token=found._token)  # the answer to the first write did not come
+    assert found.take() is None
     found._generation = 1  # as if the answer to the last write had not come
     found.check()
     found.release()

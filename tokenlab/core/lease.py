@@ -59,18 +59,22 @@ class Lease:
             ConfigError: another process shows that it lives.
             StorageError: as `Bucket`.
         """
-        note = None
         while True:
-            found = self._bucket.generation(NAME)
-            if found is not None:
-                holder = self._holder()
-                if not _is_dead(holder):
-                    self._wait(found, holder)
-                note = f"{_named(holder)} is gone without giving {self._bucket} free: going on in its place"
-            try:
-                self._generation = self._bucket.write(NAME, self._content(), generation=found or 0)
-            except Changed:  # another one was quicker, or the owner gave it free
-                continue
+            note, found = None, self._bucket.generation(NAME)
+            holder = {} if found is None else self._holder()
+            if holder.get("token") == self._token:  # written, and the answer was lost
+                self._generation = found
+            else:
+                if found is not None:
+                    if not _is_dead(holder):
+                        self._wait(found, holder)
+                    note = (
+                        f"{_named(holder)} is gone without giving {self._bucket} free: going on in its place"
+                    )
+                try:
+                    self._generation = self._bucket.write(NAME, self._content(), generation=found or 0)
+                except Changed:  # another one was quicker, or the owner gave it free
+                    continue
             self._thread.start()
             return note
 
