@@ -254,6 +254,13 @@ class TestSnapshot:
         assert (made / "job.sh").read_text() == "é\n"
         assert any(line.startswith("jax==") for line in (made / "requirements.txt").read_text().splitlines())
 
+    def test_a_workdir_in_a_bucket_needs_the_extra(self, config, monkeypatch):
+        lines = ["jax>=0.10", "google-cloud-storage>=3; extra == 'gcs'", "torch; extra == 'parity'"]
+        monkeypatch.setattr(snapshot.importlib.metadata, "requires", lambda name: lines)
+        for workdir, more in (("w", []), ("gs://b/w", ["google-cloud-storage>=3"])):
+            found = snapshot.collect(str(config), {}, workdir).files["requirements.txt"].decode().splitlines()
+            assert found[0].startswith("jax==") and found[1:] == more
+
     def test_the_difference_to_the_commit(self, tmp_path):
         def git(*words):
             front.subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
