@@ -57,6 +57,7 @@ def built(layer: str) -> tuple[Any, Any]:
         "name": "decoder_lm",
         "size": "toy",
         "width": WIDTH,
+        "mlp_dim": HIDDEN,
         "stack": stack,
         "vocab_multiple": DEVICES,
     }

@@ -69,12 +69,14 @@ def send(rows: Array, sizes: Array, axis: Axes, ways: int, *, implementation: Ex
       ways: its size, or their product.
       implementation: see the module.
 
-    Raises: ShapeError when `ways` does not divide E, TokenLabError as `check_exchange`.
+    Raises: ShapeError when `ways` does not divide E, TokenLabError as `check_exchange`, and for "gather".
     """
     count, experts = rows.shape[0], sizes.shape[0]
     if experts % ways:
         raise ShapeError(f"{experts} experts cannot be split over {ways} devices of mesh axis {axis!r}.")
     chosen = check_exchange(implementation)
+    if chosen == "gather":
+        raise TokenLabError("exchange 'gather' sends no rows by expert; take 'padded' or 'ragged'.")
     per_owner = sizes.reshape(ways, experts // ways)
     arrived = lax.all_to_all(per_owner, axis, 0, 0)  # [from, my experts]
     matrix = lax.all_gather(per_owner.sum(axis=1), axis)
