@@ -28,6 +28,7 @@ RUNS = {
     "expert:8": "soft_moe.py:S/16",
     "fsdp_expert:4": "moma.py:435M-4t4i",
     "sequence:2": "mixture_of_depths.py:220M",
+    "folded:2,4": "grin.py",
 }
 """Recipe -> configuration."""
 

@@ -36,6 +36,7 @@ def mesh_of(recipe: str, **changes: Any) -> MeshConfig:
         ("expert:4", {"data": 2, "expert": 4}),
         ("fsdp_expert:4", {"fsdp": 2, "expert": 4}),
         ("sequence:2", {"fsdp": 4, "sequence": 2}),
+        ("folded:2,4", {"fsdp": 2, "fsdp_expert": 2, "tensor_expert": 2}),
     ],
 )
 def test_sizes_of_every_recipe_on_eight_devices(recipe: str, sizes: dict[str, int]) -> None:
