@@ -37,7 +37,7 @@ with one_at_a_time():
     devices = topology("v5e:2x2")
     for offload in (False, True):
         config = load("configs/mixture_of_depths.py:125M-dense")
-        config = override(config, {"optimizer.offload": offload, "batch_size": 8})
+        config = override(config, {"optimizer.offload": offload, "batch_size": 16})
         spec = {name: ((config.data.length,), dtype) for name, dtype in names.items()}
         made = compile_step(to_dataclass(TrainConfig, config), spec, 32_000, devices, {"fsdp": 4})
         memory = made.compiled.memory_analysis()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -39,6 +39,7 @@ class Setting:
       task, optimizer: of the train step.
       mesh: the devices.
       batch: name -> [B, ...] on the devices.
+      xla: options of the compiler for train steps.
     """
 
     model: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Setting:
     optimizer: Optimizer
     mesh: Mesh
     batch: Mapping[str, Array]
+    xla: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -187,7 +189,9 @@ def _train(setting: Setting, model: Any, execution: str, shelf: Shelf) -> Arm:
 
     places = state.shardings(jax.eval_shape(create), model, setting.mesh, offload=optimizer.offload)
     slot = shelf.slot(create, places)
-    jitted = step.make_train_step(model, task, optimizer, shardings=places, batch_sharding=setting.rows)
+    jitted = step.make_train_step(
+        model, task, optimizer, shardings=places, batch_sharding=setting.rows, xla=setting.xla
+    )
     compiled, seconds = _compile(jitted, setting.mesh, slot.value, batch)
 
     def once() -> Array:

@@ -138,7 +138,10 @@ def _of_config(config: ConfigDict, name: str, batch: int | None) -> tuple[Settin
         optimizer=experiment.optimizer,
         mesh=experiment.mesh,
         batch=experiment.put(experiment.stream.batch(0)),
+        xla=experiment.hardware.xla if experiment.hardware is not None else {},
     )
+    if experiment.hardware is not None:
+        _note(str(experiment.hardware))
     stack = f"block*{trained.program.depth}"
     dense = Case("dense", stack, stack, getattr(trained, "dense_settings", {}))
     return setting, dense, [Case(name, trained.stack_text, evaluated.stack_text)]
