@@ -107,3 +107,11 @@ def test_active_parameters_of_experts_by_modality() -> None:
     total = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state()))
     of_experts = 8 * 3 * D * F
     assert active_parameters(built) == total - of_experts * 7 // 8
+
+
+def test_counting_in_loops_counts_the_same() -> None:
+    """What asks for no layer by its name may count a deep model in its loops."""
+    built = model("block*3 + keep(0.5, by=cls) + block*3")
+    apart, looped = (train_cost(built, TASK, DIGITS.spec, execution=how) for how in ("unroll", "scan"))
+    assert looped.flops == apart.flops and looped.recomputed == apart.recomputed
+    assert looped.bytes == pytest.approx(apart.bytes, rel=1e-2)

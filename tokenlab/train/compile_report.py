@@ -212,7 +212,8 @@ def compile_report(
         model = models.build(config.model, spec=facts.spec, num_outputs=outputs, stack_vars=first)
 
         def counts(size: int) -> Cost:
-            return train_cost(model, task, facts.spec, size, config.optimizer.only)
+            only = config.optimizer.only
+            return train_cost(model, task, facts.spec, size, only, execution="scan")
 
         compiles = partial(compile_step, config, facts.spec, outputs)
     else:
