@@ -1,0 +1,126 @@
+"""Models compiled for slices: the record says what it must, the page says what the record says, and a run goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from tokenlab.bench import pods
+from tokenlab.core.errors import DataError, ShardingError, TokenLabError
+from tokenlab.sharding.topology import pinned_libtpu
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = pods.read(ROOT / pods.RECORD)
+with_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (.ci/run does it)"
+)
+
+
+def test_the_page_shows_the_record(capsys) -> None:
+    assert pods.main(["--check"], ROOT) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RECORD["pods"])
+def test_what_the_record_holds(name: str) -> None:
+    """It fits, was compiled in time by the libtpu of its jax, and tokens go to experts and not experts to tokens."""
+    pod, said = pods.PODS[name], RECORD["pods"][name]
+    assert said["command"] == " ".join(pod.command)
+    pods.check(pod, said)
+    assert said["step"] == "train" and said["bytes_per_device"] < said["hbm_bytes"]
+    # Seconds of processors: what it takes on a machine that does nothing else.
+    assert said["compile_cpu_seconds"] < 360 and said["step_seconds_bound"] > 0
+    if said["versions"]["jax"] == jax.__version__:
+        assert said["versions"]["libtpu"].startswith(pinned_libtpu().rstrip("*"))
+    assert said["batch_that_fits"] >= said["batch_size"]
+
+
+REPORT = {
+    "fits": True,
+    "bytes_per_device": 10,
+    "across_expert": [
+        {"kind": "all-to-all", "count": 4, "bytes": 10, "largest": 10},
+        {"kind": "all-gather", "count": 1, "bytes": 8, "largest": 8},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fits": False}, "does not fit"),
+        ({"across_expert": None}, "not known"),
+        ({"across_expert": REPORT["across_expert"][1:]}, "no tokens are exchanged"),
+        (
+            {"across_expert": [REPORT["across_expert"][0], {"kind": "all-gather", "largest": 200}]},
+            "all-gather of 200",
+        ),
+    ],
+)
+def test_what_may_not_be_written(changes, message: str) -> None:
+    pod = pods.Pod("a model", "configs/none.py", "v5e:2x2", "expert=4", expert=100)
+    pods.check(pod, REPORT)
+    with pytest.raises(ShardingError, match=message):
+        pods.check(pod, REPORT | changes)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A page without a table, and a compiler that says of everything what the record says of ViT."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / pods.PAGE).write_text(f"# Scale\n\n{pods.BEGIN}\n{pods.END}\n\nbelow\n")
+    asked: list[str] = []
+
+    def compiled(pod: pods.Pod) -> dict:
+        asked.append(pod.title)
+        if pod.topology == "v5p:8x8x8":
+            raise TokenLabError("stopped")
+        across = REPORT["across_expert"] if pod.expert else None
+        return RECORD["pods"]["vit"] | {"command": " ".join(pod.command), "across_expert": across}
+
+    monkeypatch.setattr(pods, "compiled", compiled)
+    monkeypatch.setattr(pods, "asked", asked, raising=False)
+    return tmp_path
+
+
+def test_what_was_stopped_goes_on(checkout, capsys) -> None:
+    assert pods.main([], checkout) == 2
+    assert "stopped" in capsys.readouterr().err
+    assert list(pods.read(checkout / pods.RECORD)["pods"]) == ["soft_moe", "vit", "jumbo", "mod"]
+    pods.asked.clear()
+    assert pods.main(["--only=grin"], checkout) == 0
+    assert pods.asked == [pods.PODS["grin"].title]
+    page = (checkout / pods.PAGE).read_text()
+    assert page.count("\n| ") == 5 * 2 + 2 and "GRIN" in page and page.endswith("below\n")
+    assert pods.main(["--check"], checkout) == 0
+    (checkout / pods.PAGE).write_text(page.replace("GRIN", "GRAN"))
+    assert pods.main(["--check"], checkout) == 1
+    assert pods.main(["--only=vit", "--again"], checkout) == 0 and pods.asked[1:] == [pods.PODS["vit"].title]
+
+
+def test_what_is_no_record(tmp_path) -> None:
+    file = tmp_path / "record.json"
+    for text, message in (
+        ("{", "cannot read"),
+        ("[]", "no record"),
+        (json.dumps({"format": 2, "pods": {}}), "no record"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            pods.read(file)
+    with pytest.raises(DataError, match="once each"):
+        pods.updated("no marks", "")
+
+
+@pytest.mark.slow
+@with_compiler
+@pytest.mark.parametrize("name", pods.PODS)
+def test_a_model_for_its_tpu_slice(name: str) -> None:
+    """It fits, and tokens travel, today as when the record was made."""
+    said = pods.compiled(pods.PODS[name])
+    pods.check(pods.PODS[name], said)
+    if name in RECORD["pods"]:
+        assert said["bytes_per_device"] < 1.1 * RECORD["pods"][name]["bytes_per_device"]

@@ -1,0 +1,263 @@
+"""Published models compiled for TPU slices that are not there: benchmarks/pods, and the table of docs/scale.md.
+
+python -m tokenlab.bench.pods                   compile what the record lacks, then write the table
+python -m tokenlab.bench.pods --only=moma       one of them
+python -m tokenlab.bench.pods --again           compile all, also those that are there
+python -m tokenlab.bench.pods --check           only say whether the table is the record's (exit status 1 when not)
+
+Run it in the root of a checkout where libtpu is installed. Every model is compiled in a process of its own and written
+as soon as it is there, so what is stopped goes on where it was. A model whose experts would be gathered is not written:
+that is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tokenlab.core.errors import DataError, ShardingError, TokenLabError
+from tokenlab.cost import pretty
+from tokenlab.train.records import write_atomic
+
+FORMAT = 1
+RECORD = Path("benchmarks/pods/slices.json")
+PAGE = Path("docs/scale.md")
+BEGIN, END = "<!-- pods:begin -->", "<!-- pods:end -->"
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A model, the slice it is compiled for, and how it lies there.
+
+    Attributes:
+      title: for the table.
+      config: as `--config` takes it.
+      topology: as `--topology` takes it.
+      mesh: as `--mesh` takes it.
+      outputs: logits, where the data does not say them.
+      changes: further flags, `--config.key=value`.
+      expert: elements of one expert's smallest kernel; None for a model without experts.
+    """
+
+    title: str
+    config: str
+    topology: str
+    mesh: str
+    outputs: int | None = None
+    changes: tuple[str, ...] = ()
+    expert: int | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The words after `tokenlab`."""
+        words = ["compile", f"--config={self.config}", f"--topology={self.topology}", f"--mesh={self.mesh}"]
+        return [*words, *([f"--outputs={self.outputs}"] if self.outputs else []), *self.changes]
+
+
+PODS: Mapping[str, Pod] = {
+    "soft_moe": Pod(
+        "Soft MoE B/16, 128 experts",
+        "configs/soft_moe.py:B/16",
+        "v5e:16x16",
+        "data=2,expert=128",
+        expert=768 * 3072,
+    ),
+    "vit": Pod("ViT-L/16", "configs/vit.py:L/16", "v5e:8x8", "fsdp=64"),
+    "jumbo": Pod("Jumbo base", "configs/jumbo.py:base", "v5e:4x4", "data=16"),
+    "mod": Pod(
+        "mixture-of-depths 3B, 2,048 tokens",
+        "configs/mixture_of_depths.py:3B",
+        "v5p:4x4x4",
+        "data=4,fsdp=16",
+        outputs=32_000,
+    ),
+    "moma": Pod(
+        "MoMa 1.4B 4t4i, 4,096 tokens",
+        "configs/moma.py:1.4B-4t4i",
+        "v5p:8x8x8",
+        "fsdp=128,expert=4",
+        outputs=65_536,
+        expert=2048 * 5461,
+    ),
+    "grin": Pod(
+        "GRIN 16x3.8B, 4,096 tokens",
+        "configs/grin.py",
+        "v5p:4x8x8",
+        "fsdp=32,expert=8",
+        outputs=32_064,
+        expert=4096 * 6400,
+    ),
+}
+
+
+def check(pod: Pod, report: Mapping[str, Any]) -> None:
+    """Raise a ShardingError unless the program fits and, with experts, sends tokens to them and not them to tokens.
+
+    An all-gather across the axes of experts may bring together counts and such; none may be as large as one expert's
+    smallest kernel in bfloat16.
+    """
+    where = f"{pod.title} on {pod.topology}"
+    if not report["fits"]:
+        raise ShardingError(f"{where} does not fit: {report['bytes_per_device']:,} bytes a device.")
+    if pod.expert is None:
+        return
+    if report["across_expert"] is None:
+        raise ShardingError(f"{where}: what devices send is not known; expected the libtpu of jax[tpu].")
+    kinds = {each["kind"]: each for each in report["across_expert"]}
+    if not {"all-to-all", "ragged-all-to-all"} & set(kinds):
+        raise ShardingError(f"{where}: no tokens are exchanged along the axis of experts: {sorted(kinds)}.")
+    for kind in ("all-gather", "collective-permute"):
+        if kind in kinds and kinds[kind]["largest"] >= 2 * pod.expert:
+            raise ShardingError(
+                f"{where}: a {kind} of {kinds[kind]['largest']:,} bytes crosses the axis of experts, where no more "
+                f"than counts should; one expert's kernel has {pod.expert:,} elements."
+            )
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The record; an empty one where there is none. Raises DataError when it holds something else."""
+    if not file.exists():
+        return {"format": FORMAT, "pods": {}}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}; expected what this command writes.") from error
+    if (
+        not isinstance(found, dict)
+        or found.get("format") != FORMAT
+        or not isinstance(found.get("pods"), dict)
+    ):
+        raise DataError(f"{file} is no record of format {FORMAT}: expected what this command writes.")
+    return found
+
+
+def compiled(pod: Pod) -> dict[str, Any]:
+    """What `tokenlab compile --json` says of it, in a process of its own, and the versions that said so.
+
+    Raises:
+      TokenLabError: the command failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "said.json"
+        words = [sys.executable, "-m", "tokenlab", *pod.command, f"--json={file}"]
+        done = subprocess.run(words, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+        if done.returncode not in (0, 3):
+            raise TokenLabError(f"tokenlab {' '.join(pod.command)} ended with status {done.returncode}.")
+        report = json.loads(file.read_text(encoding="utf-8"))
+    return {"command": " ".join(pod.command), "versions": versions(), **report}
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about the program."""
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def table(pods: Mapping[str, Mapping[str, Any]]) -> str:
+    """The record as two tables in Markdown: what it takes, and what is sent.
+
+    Args:
+      pods: name -> report, those of `PODS` in any order.
+    """
+    first = [
+        "| model | slice and mesh | batch | memory a device, of it state | FLOPs a device | least time of a step | "
+        "batch that fits | compiled in, of one core |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    second = [
+        "| model | a device sends in a step | of it between devices of different experts |",
+        "|---|---|---|",
+    ]
+    for name, pod in PODS.items():
+        if (said := pods.get(name)) is None:
+            continue
+        memory = f"{gigabytes(said['bytes_per_device'])} of {gigabytes(said['hbm_bytes'])} GB"
+        first.append(
+            f"| {pod.title} | {pod.topology}, {pod.mesh.replace(',', ' x ')} | {said['batch_size']:,} | "
+            f"{memory}, {gigabytes(said['state_bytes'])} GB | {pretty(said['flops_per_device'])} | "
+            f"{1e3 * said['step_seconds_bound']:.3g} ms, {said['bound']} | {said['batch_that_fits']:,} | "
+            f"{said['compile_seconds']:.0f} s ({said['compile_cpu_seconds']:.0f} s) |"
+        )
+        second.append(f"| {pod.title} | {_sent(said['collectives'])} | {_sent(said['across_expert'])} |")
+    missing = [f"{pod.title} on {pod.topology}" for name, pod in PODS.items() if name not in pods]
+    last = ["", f"Not in the record yet: {'; '.join(missing)}."] if missing else []
+    return "\n".join([*first, "", *second, *last])
+
+
+def gigabytes(size: int) -> str:
+    """In three digits, 1e9 bytes each."""
+    return f"{size / 1e9:.3g}"
+
+
+def _sent(kinds: Sequence[Mapping[str, Any]] | None) -> str:
+    if not kinds:
+        return ""
+    return ", ".join(f"{each['count']:,} {each['kind']} {pretty(each['bytes'])}B" for each in kinds)
+
+
+def updated(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:
+    """A page with the tables between its marks. Raises DataError unless they are there once each, in their order."""
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last or begin in rest or end in after:
+        raise DataError(f"{PAGE}: expected {begin} and {end} once each, in this order.")
+    return f"{before}{begin}\n{tables}\n{end}{after}"
+
+
+def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
+    """Run the command in the root of a checkout; returns the exit status: 0, 1 (not up to date) or 2 (a mistake)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenlab.bench.pods", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--only", choices=sorted(PODS), help="one of them")
+    parser.add_argument("--again", action="store_true", help="compile also what the record has")
+    parser.add_argument(
+        "--check", action="store_true", help="compile and write nothing; exit with 1 when out of date"
+    )
+    given = parser.parse_args(argv)
+    try:
+        if not (root / PAGE).is_file():
+            raise DataError(f"{(root / PAGE).absolute()} is not there; run this in the root of a checkout.")
+        record = read(root / RECORD)
+        for name, pod in {} if given.check else PODS.items():
+            same = record["pods"].get(name, {}).get("command") == " ".join(pod.command)
+            if given.only not in (None, name) or (same and not given.again):
+                continue
+            report = compiled(pod)
+            check(pod, report)
+            record["pods"] = {
+                each: (record["pods"] | {name: report})[each]
+                for each in PODS
+                if each in record["pods"] or each == name
+            }
+            (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
+        text = (root / PAGE).read_text(encoding="utf-8")
+        wanted = updated(text, table(record["pods"]))
+        if wanted != text and given.check:
+            print(f"{PAGE} is out of date: run python -m tokenlab.bench.pods", file=sys.stderr)
+            return 1
+        if wanted != text:
+            write_atomic(root / PAGE, wanted)
+    except TokenLabError as error:
+        print(f"pods: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
