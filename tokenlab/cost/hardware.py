@@ -43,6 +43,9 @@ class Hardware:
       link_bandwidth: bytes/s that the chip can send to the other chips of its slice or server, over all links at
         once: half of what a maker calls bidirectional. None where none is stated.
       source: where the figures are from.
+      slice_chips: the most chips of one slice, joined by those links; None where it is not stated, or a server's.
+      far_bandwidth: bytes/s that the chip can send to chips of other slices, over the data center's network. None
+        where none is stated.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Hardware:
     hbm_bandwidth: float
     link_bandwidth: float | None
     source: str
+    slice_chips: int | None = None
+    far_bandwidth: float | None = None
 
     def peaks(self, dtype: str) -> Peaks:
         """The figures that bound a program in this compute dtype, "float32" or "bfloat16"."""
@@ -69,8 +74,13 @@ _H200 = "NVIDIA H200 Tensor Core GPU datasheet (bfloat16 and TF32 there with spa
 
 HARDWARE = (
     Hardware("TPU v4", ("TPU v4",), 275e12, 275e12, 32 * 2**30, 1200e9, 300e9, _TPU + "v4"),
-    Hardware("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16e9, 819e9, 200e9, _TPU + "v5e"),
-    Hardware("TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95e9, 2765e9, 600e9, _TPU + "v5p"),
+    # A pod of 256 chips of v5e has 6.4 Tbit/s to others. The largest slice of v5p is smaller than its pod of 8,960.
+    Hardware(
+        "TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16e9, 819e9, 200e9, _TPU + "v5e", 256, 3.125e9
+    ),
+    Hardware(
+        "TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95e9, 2765e9, 600e9, _TPU + "v5p", 6144, 6.25e9
+    ),
     Hardware("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32e9, 1638e9, 400e9, _TPU + "v6e"),
     Hardware("A100 SXM 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 156e12, 40e9, 1555e9, 300e9, _A100),
     Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 156e12, 40e9, 1555e9, None, _A100),

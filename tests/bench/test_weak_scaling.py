@@ -1,0 +1,50 @@
+"""Weak scaling on paper: the page shows the record, and the record what the formulas say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenlab.bench import pods, weak_scaling
+from tokenlab.core import config as configs
+from tokenlab.train.config import TrainConfig
+from tokenlab.train.scaling import Scaling
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = weak_scaling.read(ROOT / weak_scaling.RECORD)
+
+
+def test_the_page_shows_the_record(capsys) -> None:
+    assert weak_scaling.main(["--check"], ROOT) == 0, capsys.readouterr().err
+    assert (ROOT / weak_scaling.PICTURE).is_file()
+
+
+def test_the_record_has_every_mesh_of_every_model() -> None:
+    for family in weak_scaling.FAMILIES:
+        own = [row for row in RECORD["rows"] if row["title"] == family.title]
+        assert [row["mesh"] for row in own] == [
+            family.mesh(chips, most) for most in family.most for chips in weak_scaling.CHIPS
+        ]
+        assert [row["slices"] for row in own[:5]] == [family.slices(chips) for chips in weak_scaling.CHIPS]
+    assert {row["slices"] for row in RECORD["rows"]} == {1, 4, 16}
+
+
+@pytest.mark.parametrize("family", weak_scaling.FAMILIES, ids=lambda family: family.chip + family.axis)
+def test_the_record_is_what_the_formulas_say(family, monkeypatch) -> None:
+    config = configs.to_dataclass(TrainConfig, configs.load(ROOT / family.config))
+    found = Scaling(config, family.outputs)
+    for row in (row for row in RECORD["rows"] if row["title"] == family.title):
+        sent = found.sent(row["mesh"], family.each * row["chips"], row["slices"])
+        assert (round(sent.gathered), round(sent.far)) == (row["gathered_bytes"], row["far_bytes"])
+        assert round(sent.exchanged + sent.tensor) == row["exchanged_bytes"]
+
+
+def test_the_formulas_are_near_what_is_compiled() -> None:
+    """They are what the algorithm asks for; the compiler may send up to 2.5 times as much."""
+    known = pods.read(ROOT / pods.RECORD)["pods"]
+    assert {each["title"] for each in RECORD["held"]} >= {
+        pods.PODS[name].title for name in weak_scaling.HELD if name in known
+    }
+    for each in RECORD["held"]:
+        assert 0.4 < each["formula_bytes"] / each["compiled_bytes"] < 1.1, each["title"]
