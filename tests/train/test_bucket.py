@@ -174,7 +174,9 @@ def test_a_bucket_that_is_not_there_denies_or_is_out_of_reach(
     ):
         load_params("gs://other/run")
     gcs.faults = [lambda request: 403]
-    with pytest.raises(StorageError, match=r"checkpoints: access is denied \(.*\); give the account"):
+    with pytest.raises(
+        StorageError, match=r"checkpoints: access is denied \(denied by the test\); give the account"
+    ):
         load_params("gs://bucket/run")
     gcs.faults = [lambda request: 401]
     with pytest.raises(StorageError, match=r"no valid credentials \(.*gcloud auth application-default login"):

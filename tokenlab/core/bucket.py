@@ -238,7 +238,7 @@ def _error(address: str, error: Exception) -> Exception:
     from google.auth import exceptions as auth
 
     said = " ".join(str(getattr(error, "message", "") or error).split())
-    said = said.split(": ('Request failed")[0][:300]
+    said = re.sub(r"^[A-Z]+ https?://\S+: ", "", said.split(": ('Request failed")[0])[:300]
     if isinstance(error, exceptions.PreconditionFailed):
         return Changed(said)
     if isinstance(error, exceptions.NotFound):
