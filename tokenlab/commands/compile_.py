@@ -82,7 +82,7 @@ COMMAND = Command(
         Flag("outputs", "logits, where the data is not here and does not say them", "N"),
         Flag(
             "step",
-            "train, evaluate, or of a decoder prefill (prompts as long as it trains on) and decode (a token more)",
+            "train, evaluate, or of a decoder prefill (prompts) and decode (a token more)",
             "NAME",
             default="train",
         ),
