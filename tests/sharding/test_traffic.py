@@ -174,6 +174,16 @@ def test_what_a_device_sends_on_a_ring(kind: str, expected: int) -> None:
     assert sent(collective(kind, 400, ((0, 1, 2, 3),)), 8) == expected
 
 
+@pytest.mark.parametrize(("rows", "room"), [(25, 100), (100, 25)])
+def test_a_ragged_exchange_sends_the_rows_and_not_the_room_for_them(rows: int, room: int) -> None:
+    """There from few rows to much room, back from much room to few rows."""
+    group = ((0, 1, 2, 3),)
+    found = Collective(
+        "ragged-all-to-all", "c", ("f32",), ((room, 8),), ((rows, 8),), 4 * room * 8, group, ""
+    )
+    assert sent(found, 4) == 25 * 8 * 4 * 3 // 4
+
+
 def test_without_groups_all_devices_take_part_and_alone_nothing_is_sent() -> None:
     assert sent(collective("all-gather", 800, None), 8) == 700
     assert sent(collective("all-reduce", 800, ((0,), (1,))), 8) == 0

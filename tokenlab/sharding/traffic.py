@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -86,7 +87,8 @@ def sent(collective: Collective, devices: int) -> int:
     """Bytes that a device sends for one run of a collective on a ring of the g devices that take part together.
 
     An all-gather passes on all parts but one, (g - 1) / g of the result; a reduce-scatter as much of its operand; an
-    all-reduce is one of each; an all-to-all keeps its own part; a permute sends its operand as it is.
+    all-reduce is one of each; an all-to-all keeps its own part; a permute sends its operand as it is. What a
+    ragged all-to-all sends is known when it runs: here as much as there can be, spread evenly.
 
     Args:
       collective: of a compiled program.
@@ -99,6 +101,10 @@ def sent(collective: Collective, devices: int) -> int:
     if group < 2:
         return 0
     whole = collective.bytes
+    if collective.kind == "ragged-all-to-all" and collective.operand_shapes:
+        # Rows there are in a buffer with room for more: no more than the smaller of what is sent from and to.
+        rows, room = math.prod(collective.operand_shapes[0]), math.prod(collective.shapes[0])
+        whole = whole * min(rows, room) // room
     if collective.kind == "reduce-scatter":
         whole *= group  # the operand: each device is left a part of it
     share = whole * (group - 1) // group
