@@ -33,7 +33,7 @@ from tokenlab.train.scaling import Scaling
 RECORD = Path("benchmarks/pods/weak_scaling.json")
 PICTURE = Path("docs/images/weak-scaling.png")
 BEGIN, END = "<!-- weak-scaling:begin -->", "<!-- weak-scaling:end -->"
-HELD = ("vit", "soft_moe", "mod", "moma")
+HELD = ("vit", "soft_moe", "mod", "moma", "grin")
 """Of `tokenlab.bench.pods.PODS`, those whose meshes have nothing but the axes of the formulas."""
 CHIPS = (16, 64, 256, 1024, 4096)
 
@@ -299,7 +299,7 @@ def _made(record: dict[str, Any], root: Path, *, compiling: bool) -> dict[str, A
     record["held"] = []
     for pod, report in wanted:
         command = " ".join(pod.command)
-        if command not in known and (report is not None or compiling):
+        if report is not None or (compiling and command not in known):
             known[command] = held(pod, report or compiled(pod))
         if command in known:
             record["held"].append(known[command])
