@@ -98,6 +98,16 @@ def test_a_folded_plan_equals_one_device():
     check("dropless", PUBLISHED[FOLDED])
 
 
+def test_devices_that_all_have_the_same_tokens_share_the_units_of_experts():
+    """Nothing but `tensor` is split, neither examples nor tokens; gradients are among those of every plan, below."""
+    layer, mesh = LAYERS["dropless"], ParallelPlan(tp=8).mesh()
+    params = layer.init({"params": KEY, "ffn": KEY}, X)["params"]
+    with jax.set_mesh(mesh):
+        given = jax.device_put(params, shardings(params, layer.axes(), mesh)), X
+        y = jax.jit(lambda p, x: layer.apply({"params": p}, x)[0])(*given)
+    np.testing.assert_allclose(y, layer.apply({"params": params}, X)[0], atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PUBLISHED)
 @pytest.mark.parametrize("name", LAYERS)

@@ -205,7 +205,7 @@ class Sorted:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D'], every device sorting its own rows."""
         exchange.check_exchange(self.exchange)  # a name is never ignored, also where nothing is exchanged
         over = spread(bank, everywhere=self.everywhere)
-        if not over.batch and not over.tokens:
+        if not (over.batch or over.tokens or over.experts or over.tensor):
             return self._local(bank, bank.params, x, self, over)
         over.check(self.experts, len(x))
         given, padded = self._padded(x, -x.shape[1] % over.ways(over.tokens))
