@@ -131,6 +131,24 @@ def test_who_was_replaced_finds_out_and_touches_nothing(gcs: FakeGcs) -> None:
     assert gcs.objects == before and kept.is_dir()
 
 
+def test_one_that_slept_writes_nothing_over_what_the_next_one_wrote(gcs: FakeGcs) -> None:
+    with Mirror(ADDRESS) as place, Workdir(place, CONFIG) as workdir:
+        workdir.begin_run({}, 0)
+        workdir.rewind(0)
+        workdir.record(record(1))
+        place._lease._stop.set()  # asleep: it does not look at its lock
+        place._lease._thread.join()
+        workdir.record(record(2))
+        foreign(gcs, token="other")
+        theirs = gcs.put("run/metrics.jsonl", b'{"step": 9}\n')
+        with pytest.raises(StorageError, match="was taken over"):
+            workdir.secure()
+        assert gcs.objects["run/metrics.jsonl"] is theirs
+        with pytest.raises(StorageError, match="was taken over"):
+            workdir.close()
+    assert gcs.objects["run/metrics.jsonl"].data == b'{"step": 9}\n'
+
+
 def test_one_that_is_given_free_meanwhile_is_taken_without_a_note(gcs: FakeGcs) -> None:
     foreign(gcs)
     found = Lease(Bucket(ADDRESS), tell=lambda line: gcs.objects.pop("run/.lock"))

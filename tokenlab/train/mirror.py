@@ -118,8 +118,8 @@ class Mirror:
             self._lease.tell_if_lost()
 
     def secure(self) -> None:
-        """Writes what changed, and makes sure that the workdir is still this process's."""
-        self.push()
+        """Writes what changed, and makes sure that the workdir is still this process's, before and after."""
+        self._push_if_ours()
         if self._lease is not None:
             self._lease.check()
 
@@ -130,8 +130,7 @@ class Mirror:
             self._thread.join()
         try:
             if self._lease is not None:
-                self._lease.tell_if_lost()
-                self.push()
+                self._push_if_ours()
         except StorageError as error:
             self._keep = True
             raise StorageError(f"{error} What could not be written is in {self.path}.") from error
@@ -144,8 +143,13 @@ class Mirror:
         while not self._stop.wait(EVERY):
             # What cannot be written now is written the next time, or said when a checkpoint needs it.
             with contextlib.suppress(StorageError):
-                self.tell_if_lost()
-                self.push()
+                self._push_if_ours()
+
+    def _push_if_ours(self) -> None:
+        """As `push`, but one that slept while another process took over must not write over what that has written."""
+        if self._lease is not None:
+            self._lease.check()
+        self.push()
 
 
 @contextlib.contextmanager
