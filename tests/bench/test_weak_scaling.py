@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tokenlab.bench import pods, weak_scaling
 from tokenlab.core import config as configs
+from tokenlab.core.errors import TokenLabError
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.scaling import Scaling
 
@@ -48,3 +50,37 @@ def test_the_formulas_are_near_what_is_compiled() -> None:
     }
     for each in RECORD["held"]:
         assert 0.4 < each["formula_bytes"] / each["compiled_bytes"] < 1.1, each["title"]
+
+
+def test_what_was_compiled_stays_when_the_next_one_fails(tmp_path, monkeypatch) -> None:
+    """And what the pods' record says anew is taken in place of what it said before."""
+    wanted = [pod for family in weak_scaling.FAMILIES for pod in family.pods()]
+    names = [" ".join(pod.command) for pod in wanted]
+
+    def compiled(pod: pods.Pod) -> dict:
+        if pod != wanted[0]:
+            raise TokenLabError("stopped")
+        return {"collectives": ["new"]}
+
+    monkeypatch.setattr(weak_scaling, "rows", lambda family: [])
+    monkeypatch.setattr(weak_scaling, "compiled", compiled)
+    monkeypatch.setattr(
+        weak_scaling,
+        "held",
+        lambda pod, said: {"command": " ".join(pod.command), "compiled": said["collectives"]},
+    )
+    known = {name: " ".join(pods.PODS[name].command) for name in weak_scaling.HELD}
+    reports = {name: {"command": command, "collectives": ["again"]} for name, command in known.items()}
+    (tmp_path / pods.RECORD).parent.mkdir(parents=True)
+    (tmp_path / pods.RECORD).write_text(json.dumps({"format": pods.FORMAT, "pods": reports}))
+    before = [
+        {"command": known["vit"], "compiled": ["old"]},
+        {"command": names[-1], "compiled": ["last"]},
+    ]
+    with pytest.raises(TokenLabError, match="stopped"):
+        weak_scaling._made({"format": pods.FORMAT, "rows": [], "held": before}, tmp_path, compiling=True)
+    kept = {
+        each["command"]: each["compiled"]
+        for each in weak_scaling.read(tmp_path / weak_scaling.RECORD)["held"]
+    }
+    assert kept == dict.fromkeys(known.values(), ["again"]) | {names[0]: ["new"], names[-1]: ["last"]}

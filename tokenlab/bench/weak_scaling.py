@@ -292,19 +292,19 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
 def _made(record: dict[str, Any], root: Path, *, compiling: bool) -> dict[str, Any]:
     """The record with what the formulas say today; written after every program."""
     record["rows"] = [row for family in FAMILIES for row in rows(family)]
-    known = {each["command"]: each for each in record["held"]}
-    reports = pods.read(root / pods.RECORD)["pods"]
-    wanted = [(pod, reports.get(name)) for name, pod in PODS.items() if name in HELD]
-    wanted += [(pod, None) for family in FAMILIES for pod in family.pods()]
-    record["held"] = []
-    for pod, report in wanted:
-        command = " ".join(pod.command)
-        if report is not None or (compiling and command not in known):
-            known[command] = held(pod, report or compiled(pod))
-        if command in known:
-            record["held"].append(known[command])
-            (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
+    reports = {each["command"]: each | {"collectives": each["compiled"]} for each in record["held"]}
+    reports |= {each["command"]: each for each in pods.read(root / pods.RECORD)["pods"].values()}
+    wanted = [pod for name, pod in PODS.items() if name in HELD]
+    wanted += [pod for family in FAMILIES for pod in family.pods()]
+    named = {" ".join(pod.command): pod for pod in wanted}
+    found = {command: held(pod, reports[command]) for command, pod in named.items() if command in reports}
+    missing = [command for command in named if command not in found] if compiling else []
+    for command in (None, *missing):
+        if command is not None:
+            found[command] = held(named[command], compiled(named[command]))
+        record["held"] = [found[each] for each in named if each in found]
+        (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
 
