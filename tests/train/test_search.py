@@ -69,6 +69,35 @@ def test_state_is_shared_by_fsdp_and_experts(ranked):
     assert state(fsdp=8) < state() / 7
 
 
+def test_what_the_configuration_says_of_the_devices_counts(file, capsys):
+    """Moments on the host take no memory of a chip, and the rule of the slice holds, but for its mesh."""
+    told, command = (
+        file.parent / "other.json",
+        ["compile", "--search", f"--config={file}", "--topology=v5e:2x2"],
+    )
+    assert cli.main([*command, f"--json={told}"]) == 0
+    usual = json.loads(told.read_text())["mappings"][0]["state_bytes"]
+    ruled = file.parent / "ruled.py"
+    rule = dict(
+        kind="TPU v5e",
+        devices=4,
+        set={"optimizer.offload": True, "mesh.fsdp": 4},
+        step_seconds=1.0,
+        basis="estimated",
+        source="a guess",
+    )
+    ruled.write_text(
+        CONFIG.replace("    return config", f"    config.hardware = ({rule!r},)\n    return config")
+    )
+    capsys.readouterr()
+    assert cli.main([*command[:2], f"--config={ruled}", command[3], f"--json={told}"]) == 0
+    assert "4 x TPU v5e, the rule for TPU v5e x 4: optimizer.offload=True (1 s" in capsys.readouterr().out
+    state = {
+        json.dumps(each["mesh"]): each["state_bytes"] for each in json.loads(told.read_text())["mappings"]
+    }
+    assert 2 * min(state.values()) <= usual
+
+
 def test_mistakes(file, capsys):
     assert cli.main(["compile", "--search", f"--config={file}", "--topology=here"]) == 2
     assert "--search takes kind and shape, such as v5e:4x4" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from tokenlab.layers.statistics import split
 from tokenlab.sharding import rules
 from tokenlab.sharding.axes import AXES
 from tokenlab.sharding.plan import ParallelPlan, every_plan
+from tokenlab.train import hardware as hardware_rules
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train import schedule
 from tokenlab.train.config import TrainConfig
@@ -125,7 +126,8 @@ def rank(
     optimizer = optimizers.build(config.optimizer, config.steps)
     state = jax.eval_shape(optimizer.init, split(params)[0])
     # Parameter and gradient, the optimizer's arrays, and an average: all float32 and as large as the parameters.
-    copies = 2 + _numbers(state) / _numbers(params) + (config.optimizer.ema is not None)
+    moments = 0 if optimizer.offload else _numbers(state) / _numbers(params)
+    copies = 2 + moments + (config.optimizer.ema is not None)
     has_experts = any(block.choices for block in blocks)
     found = []
     for plan in every_plan(devices, fsdp=True):
@@ -186,7 +188,9 @@ def command(
 ) -> int:
     """`tokenlab compile --search`: print the ranking, and write all of it as JSON; 3 when no mapping fits."""
     devices, chip = slice_of(topology)
-    found = rank(config, devices, chip, num_outputs=outputs)
+    given = hardware_rules.without_mesh(to_dataclass(TrainConfig, config))
+    given, rule = hardware_rules.applied(given, chip.name, devices)
+    found = rank(given, devices, chip, num_outputs=outputs)
     if json_file is not None:
         told = {
             "config": name,
@@ -199,6 +203,8 @@ def command(
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
+    if rule is not None:
+        console.print(str(rule), markup=False, highlight=False, soft_wrap=True)
     console.print(to_rich(found, f"{name} on {topology}: {min(SHOWN, len(found))} of {len(found)} mappings"))
     for what, folded in (("folded", True), ("unfolded", False)):
         best = next((each for each in found if each.plan.folded == folded), None)
