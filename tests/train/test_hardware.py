@@ -154,6 +154,10 @@ def test_a_topology_has_the_rule_of_its_kind_and_size() -> None:
     given = configs.to_dataclass(TrainConfig, with_rules(SLICE, ANY_TPU))
     assert hardware.at(given, "v5e:4x4")[0].mesh.fsdp == 16
     assert hardware.at(given, "v5e:4x8")[0].mesh.fsdp == -1
+    assert (
+        hardware.at(given, "v5e:2x4*2")[0].mesh.fsdp == 16
+        and hardware.at(given, "v5e:4x4*2")[1].devices == 32
+    )
     assert hardware.at(given, "v5p:2x2x4")[1].rule.kind == "TPU *"
 
 

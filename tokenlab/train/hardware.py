@@ -137,9 +137,9 @@ def on(config: TrainConfig, devices: Sequence[Any] | None = None) -> tuple[Train
 
 
 def at(config: TrainConfig, topology: str) -> tuple[TrainConfig, Applied | None]:
-    """`applied` for a TPU slice by its kind and shape, "v5e:16x16", which need not be there."""
+    """`applied` for TPU slices by kind, shape and number, "v5e:16x16" or "v5e:16x16*2", which need not be there."""
     kind, _, shape = topology.partition(":")
-    sizes = [int(size) for size in shape.split("x") if size.isdecimal()]
+    sizes = [int(size) for size in shape.replace("*", "x").split("x") if size.isdecimal()]
     return applied(config, f"TPU {kind}", math.prod(sizes))
 
 

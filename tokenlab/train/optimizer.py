@@ -228,7 +228,7 @@ class Optimizer:
         ema_decay: decay of the moving average of parameters, or None.
         description: one line for people.
         only: patterns of the parameters that are trained, see `trained`.
-        offload: its state lies in the memory of the host, see `tokenlab.train.offload`.
+        offload: its state lies in the memory of the host, see `tokenlab.train.state.shardings`.
     """
 
     transform: optax.GradientTransformation
