@@ -15,13 +15,13 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from tokenlab.core.config import to_dataclass
+from tokenlab.core.config import override, to_dataclass
 from tokenlab.core.errors import ShardingError
 from tokenlab.sharding import topology
 from tokenlab.sharding.check import collectives
 from tokenlab.train import compile_report
 from tokenlab.train.config import TrainConfig, default_config
-from tokenlab.train.offline import compile_step
+from tokenlab.train.offline import compile_step, mesh_of
 
 ROOT = Path(__file__).parents[2]
 SPEC = {"image": ((8, 8, 1), "float32"), "label": ((), "int32")}
@@ -40,6 +40,15 @@ def test_on_devices_that_are_there():
     assert "all-to-all" in {each.kind for each in collectives(made.compiled)}
     alone = compile_step(to_dataclass(TrainConfig, config), SPEC, 5, devices[:1], {"data": 1})
     assert made.state_bytes < alone.state_bytes and made.peak_bytes > made.state_bytes
+
+
+def test_it_is_compiled_for_the_mesh_of_a_run_in_its_order_of_devices():
+    """Where experts have a mapping of their own, devices are dealt out as the plan says; sizes alone do not say it."""
+    config = override(default_config(), {"mesh.tensor": "2", "mesh.experts.expert": "2"})
+    config = to_dataclass(TrainConfig, config)
+    made = mesh_of(config, jax.devices(), None)
+    assert made == config.mesh.build() and made.devices[0, 0, :, 0].tolist() == jax.devices()[:2]
+    assert made != mesh_of(config, jax.devices(), config.mesh.sizes(8))
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):

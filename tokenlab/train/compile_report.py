@@ -30,6 +30,7 @@ from tokenlab.core.errors import CostError, ShardingError
 from tokenlab.cost import Cost, Roofline, lookup, pretty, roofline
 from tokenlab.data.outline import outline
 from tokenlab.sharding import rules
+from tokenlab.sharding.axes import of_experts
 from tokenlab.sharding.check import Collective
 from tokenlab.sharding.topology import check_compiler, other_libtpu, topology
 from tokenlab.sharding.traffic import Traffic, executed, summed
@@ -215,7 +216,8 @@ def compile_report(
             only = config.optimizer.only
             return train_cost(model, task, facts.spec, size, only, execution="scan")
 
-        compiles = partial(compile_step, config, facts.spec, outputs)
+        options = None if rule is None else rule.xla
+        compiles = partial(compile_step, config, facts.spec, outputs, xla=options)
     else:
         function = offline_serving.served(config, facts.spec, outputs, step, new)
         model, counts = function.model, function.cost
@@ -228,7 +230,7 @@ def compile_report(
         made, over = None, None
         try:
             with hardware_rules.told(rule):
-                made = compiles(devices, sizes, xla=rule.xla if rule is not None else None)
+                made = compiles(devices, mesh and sizes)
         except jax.errors.JaxRuntimeError as error:
             if (over := used_bytes(str(error))) is None:
                 raise
@@ -298,9 +300,7 @@ def weights_read(model: Any, mesh: jax.sharding.Mesh) -> float:
 
 def expert_axes(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     """Axes of a mesh along which devices hold different experts."""
-    return tuple(
-        axis for axis, size in mesh.shape.items() if size > 1 and str(axis).split("_")[-1] == "expert"
-    )
+    return of_experts((axis for axis, size in mesh.shape.items() if size > 1), "expert")
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def compile_step(
     spec: Spec,
     num_outputs: int,
     devices: Sequence[Any],
-    mesh: Mapping[str, int],
+    mesh: Mapping[str, int] | None,
     *,
     xla: Mapping[str, Any] | None = None,
 ) -> Offline:
@@ -68,7 +68,7 @@ def compile_step(
       spec: key -> (shape, dtype) of one example, as data sources say it.
       num_outputs: logits.
       devices: of `tokenlab.sharding.topology.topology`, or real ones.
-      mesh: devices per axis, see `tokenlab.sharding.mesh.make_mesh`.
+      mesh: devices per axis, see `tokenlab.sharding.mesh.make_mesh`; None for that of the configuration.
       xla: options of the compiler, by its names for them.
 
     Raises:
@@ -84,7 +84,7 @@ def compile_step(
     batch = batch_shapes(spec, config.batch_size)
     names = metric_names(model, task, model.abstract_state(), batch)
     shapes = jax.eval_shape(lambda: states.create(model, optimizer, names, config.seed))
-    made = make_mesh(mesh, devices, rules=config.mesh.rules)
+    made = mesh_of(config, devices, mesh)
     places = states.shardings(shapes, model, made, offload=optimizer.offload)
     placed = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
     assert_sharded(placed, made, config.mesh.unsharded)
@@ -96,6 +96,15 @@ def compile_step(
     rows = row_sharding(made)
     step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows, xla=xla)
     return lowered(step, (shapes, batch), made, held[False], held[True])
+
+
+def mesh_of(
+    config: TrainConfig, devices: Sequence[Any], sizes: Mapping[str, int] | None
+) -> jax.sharding.Mesh:
+    """The mesh of these sizes with the rules of a configuration; None: the one that a run of it has."""
+    if sizes is None:
+        return config.mesh.build(devices)
+    return make_mesh(sizes, devices, rules=config.mesh.rules)
 
 
 def lowered(

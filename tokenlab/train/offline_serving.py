@@ -18,12 +18,11 @@ from tokenlab.cost import Cost, count
 from tokenlab.models.decoder_lm import DecoderLM, Generation
 from tokenlab.ops.cache import KVCache
 from tokenlab.sharding import rules
-from tokenlab.sharding.mesh import make_mesh
 from tokenlab.sharding.rules import row_sharding
 from tokenlab.train import schedule
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.costs import Spec, batch_shapes, forward_cost
-from tokenlab.train.offline import Offline, lowered
+from tokenlab.train.offline import Offline, lowered, mesh_of
 from tokenlab.train.step import make_eval_step
 
 Serving: TypeAlias = Literal["evaluate", "prefill", "decode"]
@@ -87,19 +86,17 @@ def compile_serving(
     config: TrainConfig,
     made: Served,
     devices: Sequence[Any],
-    mesh: Mapping[str, int],
-    *,
-    xla: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, int] | None,
 ) -> Offline:
     """Compile it for `devices`, from shapes alone; see `tokenlab.train.offline.compile_step`."""
-    there = make_mesh(mesh, devices, rules=config.mesh.rules)
+    there = mesh_of(config, devices, mesh)
     places = made.places(there)
     donated = () if made.donated is None else (made.donated,)
     fixed = sum(
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, place in zip(jax.tree.leaves(made.inputs[0]), jax.tree.leaves(places[0]), strict=True)
     )
-    step = jax.jit(made.run, in_shardings=places, donate_argnums=donated, compiler_options=dict(xla or {}))
+    step = jax.jit(made.run, in_shardings=places, donate_argnums=donated)
     return lowered(step, made.inputs, there, fixed)
 
 
