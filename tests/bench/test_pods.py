@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from tokenlab.bench import pods
+from tokenlab.core import config as configs
 from tokenlab.core.errors import DataError, ShardingError, TokenLabError
 from tokenlab.sharding.topology import pinned_libtpu
 
@@ -36,6 +37,14 @@ def test_what_the_record_holds(name: str) -> None:
     if said["versions"]["jax"] == jax.__version__:
         assert said["versions"]["libtpu"].startswith(pinned_libtpu().rstrip("*"))
     assert said["batch_that_fits"] >= said["batch_size"]
+
+
+@pytest.mark.parametrize("name", RECORD["pods"])
+def test_rules_of_configurations_have_the_time_of_the_record(name: str) -> None:
+    pod, said = pods.PODS[name], RECORD["pods"][name]
+    for rule in configs.load(ROOT / pod.config).get("hardware", ()):
+        assert rule["devices"] == said["devices"]
+        assert rule["step_seconds"] == pytest.approx(said["step_seconds_bound"], rel=5e-3)
 
 
 REPORT = {

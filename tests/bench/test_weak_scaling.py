@@ -10,8 +10,9 @@ import pytest
 from tokenlab.bench import pods, weak_scaling
 from tokenlab.core import config as configs
 from tokenlab.core.errors import TokenLabError
+from tokenlab.cost import lookup
 from tokenlab.train.config import TrainConfig
-from tokenlab.train.scaling import Scaling
+from tokenlab.train.scaling import Least, Scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = weak_scaling.read(ROOT / weak_scaling.RECORD)
@@ -33,13 +34,22 @@ def test_the_record_has_every_mesh_of_every_model() -> None:
 
 
 @pytest.mark.parametrize("family", weak_scaling.FAMILIES, ids=lambda family: family.chip + family.axis)
-def test_the_record_is_what_the_formulas_say(family, monkeypatch) -> None:
+def test_the_record_is_what_the_formulas_say(family) -> None:
     config = configs.to_dataclass(TrainConfig, configs.load(ROOT / family.config))
-    found = Scaling(config, family.outputs)
+    found, chip = Scaling(config, family.outputs), lookup(family.chip)
     for row in (row for row in RECORD["rows"] if row["title"] == family.title):
         sent = found.sent(row["mesh"], family.each * row["chips"], row["slices"])
         assert (round(sent.gathered), round(sent.far)) == (row["gathered_bytes"], row["far_bytes"])
         assert round(sent.exchanged + sent.tensor) == row["exchanged_bytes"]
+        assert round(sent.reduced + sent.summed) == row["summed_bytes"]
+        assert row["near_seconds"] == pytest.approx(sent.near / chip.link_bandwidth)
+        assert row["far_seconds"] == pytest.approx(sent.far / chip.far_bandwidth)
+        least = Least(*(row[f"{name}_seconds"] for name in Least._fields))
+        assert (least.overlapped, least.in_turn, least.bound) == (
+            row["overlapped_seconds"],
+            row["in_turn_seconds"],
+            row["bound"],
+        )
 
 
 def test_the_formulas_are_near_what_is_compiled() -> None:
