@@ -9,7 +9,7 @@ import pytest
 
 from tokenlab.bench import pods, weak_scaling
 from tokenlab.core import config as configs
-from tokenlab.core.errors import TokenLabError
+from tokenlab.core.errors import DataError, TokenLabError
 from tokenlab.cost import lookup
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.scaling import Least, Scaling
@@ -60,6 +60,14 @@ def test_the_formulas_are_near_what_is_compiled() -> None:
     }
     for each in RECORD["held"]:
         assert 0.4 < each["formula_bytes"] / each["compiled_bytes"] < 1.1, each["title"]
+
+
+def test_what_is_no_record(tmp_path) -> None:
+    file = tmp_path / "record.json"
+    for text, message in (("{", "cannot read"), ("[]", "no record")):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            weak_scaling.read(file)
 
 
 def test_what_was_compiled_stays_when_the_next_one_fails(tmp_path, monkeypatch) -> None:

@@ -255,7 +255,10 @@ def read(file: Path) -> dict[str, Any]:
     """The record; an empty one where there is none. Raises DataError when it holds something else."""
     if not file.exists():
         return {"format": FORMAT, "rows": [], "held": []}
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}; expected what this command writes.") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT or not {"rows", "held"} <= set(found):
         raise DataError(f"{file} is no record of format {FORMAT}: expected what this command writes.")
     return found
