@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tokenlab import cli
 from tokenlab.core.errors import ConfigError, CostError
 from tokenlab.cost import lookup
+from tokenlab.cost.mapping import Leaf, computed_with, step_bytes
+from tokenlab.sharding.plan import ParallelPlan
 from tokenlab.train import search
 from tokenlab.train.config import default_config
 
@@ -96,6 +100,21 @@ def test_what_the_configuration_says_of_the_devices_counts(file, capsys):
         json.dumps(each["mesh"]): each["state_bytes"] for each in json.loads(told.read_text())["mappings"]
     }
     assert 2 * min(state.values()) <= usual
+
+
+def test_experts_that_are_not_split_are_experts():
+    """Where attention alone uses `tensor`, every device has all of each expert, and all sum their gradients."""
+    params = {"experts": {"up": jax.ShapeDtypeStruct((3, 8, 16), jnp.float32)}}
+    table = {"experts/up": ("expert", "expert_embed", "expert_mlp")}
+    plan = ParallelPlan(tp=2, dp=4, etp=1)
+    (leaf,) = search.leaves_of(params, table, plan, {})
+    assert leaf == Leaf(384, (), expert=True)
+    assert step_bytes(plan, [], [leaf], 8, 4)["gradients"] == 4 * 2 * 384 * 7 / 8
+    (leaf,) = search.leaves_of(params, table, ParallelPlan(dp=8, fsdp=8, etp=2), {})
+    assert (
+        set(leaf.axes) == {"fsdp", "fsdp_tensor"}
+        and computed_with(leaf, ParallelPlan(dp=8, fsdp=8, etp=2)) == 192
+    )
 
 
 def test_mistakes(file, capsys):

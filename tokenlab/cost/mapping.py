@@ -58,7 +58,7 @@ class Leaf:
     Attributes:
       size: numbers in all.
       axes: mesh axes it is split over.
-      expert: whether it belongs to experts that are split.
+      expert: whether it belongs to a layer of experts, and lies by what the axes do there.
     """
 
     size: int

@@ -227,16 +227,14 @@ def shardings(parameters: Any, table: Table, mesh: Mesh, rules: Rules | None = N
         path, shape = path_of(key_path), tuple(leaf.shape)
         paths.append(path)
         row = _longest_end(path, table)
-        if row is None:
+        logical = logical_of(path, shape, table)
+        if row is None or logical is None:
             if not shape:
                 return NamedSharding(mesh, PartitionSpec())
             raise ShardingError(
                 f"{path} {shape}: no row of the sharding table matches this leaf; add {path!r}."
             )
         unused.discard(row)
-        logical = tuple(table[row])
-        if len(shape) == len(logical) + 1 and not set(STACKED).isdisjoint(path.split("/")):
-            logical = ("layers", *logical)
         return NamedSharding(mesh, spec(logical, shape, mesh, rules, path))
 
     placed = jax.tree_util.tree_map_with_path(place, parameters)
@@ -277,6 +275,16 @@ def shardings_like(state: Any, parameters: Any, parameter_shardings: Any, mesh: 
         return places[parameter]
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def logical_of(path: str, shape: tuple[int, ...], table: Table) -> LogicalAxes | None:
+    """The logical axes of a leaf, of its stacked axis too; see `shardings`. None where no row matches."""
+    row = _longest_end(path, table)
+    if row is None:
+        return None
+    logical = tuple(table[row])
+    stacked = len(shape) == len(logical) + 1 and not set(STACKED).isdisjoint(path.split("/"))
+    return ("layers", *logical) if stacked else logical
 
 
 def _longest_end(path: str, names: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tokenlab import models, tasks
 from tokenlab.layers.statistics import join
 from tokenlab.sharding.constrain import recorded
-from tokenlab.sharding.rules import STACKED, path_of, sizes_of
+from tokenlab.sharding.rules import logical_of, path_of, sizes_of
 from tokenlab.train import optimizer as optimizers
 from tokenlab.train import schedule
 from tokenlab.train import state as states
@@ -102,12 +102,5 @@ def _spec(spec: PartitionSpec) -> str:
 
 def _logical(path: str, shape: tuple[int, ...], table: Any) -> tuple[str | None, ...] | None:
     """The logical axes of a parameter, or of what the optimizer has of one; None of anything else."""
-    parts = path.split("/")
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    row = next((end for end in ends if end in table), None)
-    if row is None:
-        return None
-    axes = tuple(table[row])
-    if len(shape) == len(axes) + 1 and not set(STACKED).isdisjoint(parts):
-        axes = ("layers", *axes)
-    return axes if len(axes) == len(shape) else None
+    axes = logical_of(path, shape, table)
+    return axes if axes is not None and len(axes) == len(shape) else None

@@ -279,11 +279,11 @@ def leaves_of(params: Any, table: rules.Table, plan: ParallelPlan, own: rules.Ru
     sizes = dict.fromkeys(AXES, 1) | plan.sizes | ({rules.named(own): 1} if own else {})
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     placed = jax.tree.leaves(rules.shardings(params, table, mesh))
-    held = set(rules.axes_of("expert", mesh))
     found = []
-    for leaf, place in zip(jax.tree.leaves(params), placed, strict=True):
+    for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(params), placed, strict=True):
         axes = [axis for part in place.spec if part for axis in ((part,) if isinstance(part, str) else part)]
-        found.append(Leaf(math.prod(leaf.shape), tuple(axes), not held.isdisjoint(axes)))
+        logical = rules.logical_of(rules.path_of(path), leaf.shape, table) or ()
+        found.append(Leaf(math.prod(leaf.shape), tuple(axes), "expert" in logical))
     return found
 
 
