@@ -18,6 +18,7 @@ from tests.train.test_checkpoint import META, abstract, content, make_state
 from tokenlab.core import bucket as buckets
 from tokenlab.core.bucket import EMULATOR, Bucket
 from tokenlab.core.errors import CheckpointError, StorageError
+from tokenlab.core.lease import TakenOver
 from tokenlab.train import manifest
 from tokenlab.train.checkpoint import Checkpoints, load_params
 
@@ -133,6 +134,19 @@ def test_a_save_that_is_refused_is_told_and_spares_the_others(gcs: FakeGcs, part
         gcs.faults = []
         checkpoints.save(2, SMALL, {}, wait=True)
         assert checkpoints.steps() == [2]
+
+
+def test_one_that_was_taken_over_removes_nothing_of_the_others(gcs: FakeGcs) -> None:
+    """The other one may be saving the same step."""
+
+    def taken_over() -> None:
+        gcs.put(f"{PREFIX}2/d/theirs", b"1")
+        raise TakenOver("gs://bucket/run was taken over")
+
+    with Checkpoints(ADDRESS, keep=1, before=taken_over) as checkpoints:
+        with pytest.raises(CheckpointError, match="was taken over"):
+            checkpoints.save(2, SMALL, {}, wait=True)
+        assert checkpoints.steps() == [] and f"{PREFIX}2/d/theirs" in gcs.names()
 
 
 # A connection that was cut stays open on this side until it is collected.

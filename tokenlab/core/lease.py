@@ -32,6 +32,10 @@ STALE = 60.0
 """Seconds without one after which an owner counts as gone."""
 
 
+class TakenOver(StorageError):
+    """The folder is another process's by now; what is in it is left as it is."""
+
+
 class Lease:
     """Taken with `take`, given back with `release`; in between a thread keeps it.
 
@@ -79,15 +83,15 @@ class Lease:
             return note
 
     def check(self) -> None:
-        """Raises StorageError when the folder is another's by now; on return it was this process's a moment ago."""
+        """Raises TakenOver when the folder is another's by now; on return it was this process's a moment ago."""
         with self._writing:
             self._beat()
         self.tell_if_lost()
 
     def tell_if_lost(self) -> None:
-        """Raises StorageError when the thread has found that the folder is another's; asks nobody."""
+        """Raises TakenOver when the thread has found that the folder is another's; asks nobody."""
         if self._lost is not None:
-            raise StorageError(
+            raise TakenOver(
                 f"{self._bucket} was taken over by {self._lost}, as this process had shown no sign of life: it ends, "
                 "and leaves the run to the other."
             )

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from tokenlab.core.bucket import Bucket
 from tokenlab.core.errors import CheckpointError, StorageError, suggest
+from tokenlab.core.lease import TakenOver
 from tokenlab.sharding import agree
 from tokenlab.train import leaves, manifest, places
 from tokenlab.train.manifest import Which, one_line
@@ -148,7 +149,7 @@ class Checkpoints:
                 arrays = ocp.args.PyTreeSave(leaves.to_save(named))
                 self._checkpointer.save(self._place.path(step), args=arrays)
         except Exception as error:  # whatever Orbax raises, the user is told in one line
-            self._discard(step)
+            self._discard(step, error)
             raise self._save_error(step, error) from error
         self._finisher = threading.Thread(
             target=self._finish, args=(step, finite.get(self._metric)), name=f"checkpoint-{step}"
@@ -271,7 +272,7 @@ class Checkpoints:
             if self._place.seals_last and self._primary:
                 self._seal()
         except BaseException as error:  # left to the thread it would be a traceback on stderr, and lost
-            self._discard(step)
+            self._discard(step, error)
             self._failure = self._save_error(step, error)
             return
         self._values[step] = value
@@ -301,12 +302,15 @@ class Checkpoints:
                 "are free; make room, or give another workdir"
             )
 
-    def _discard(self, step: int) -> None:
-        """Removes what a failed save left on disk and in Orbax, whose background errors surface singly."""
+    def _discard(self, step: int, error: BaseException) -> None:
+        """Removes what a failed save left on disk and in Orbax, whose background errors surface singly.
+
+        Where another process has taken the place over, that may be saving the same step: its files stay.
+        """
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         self._checkpointer = self._new_checkpointer()
-        if self._primary:
+        if self._primary and not isinstance(error, TakenOver):
             self._place.discard(step)
 
     def _save_error(self, step: int, error: BaseException) -> CheckpointError:
