@@ -51,15 +51,14 @@ class Weighted:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
         width = ((0, 0), (0, 0), (0, 0), (0, -self.into.shape[-1] % places(bank)))
         whole = self.replace(into=jnp.pad(self.into, width), back=jnp.pad(self.back, width))
-        return whole.combine(through_experts(bank, whole.dispatch(x)))
+        return whole.combine(through_experts(bank, whole.dispatch(x), self.transport))
 
     def dispatch(self, x: Array) -> Array:
-        """[B, N, D] -> [E, B, C, D]."""
-        x = _rounded(x, self.transport)
+        """[B, N, D] -> [E, B, C, D]; what travels are the means, so they are what is rounded."""
         batch, tokens, experts, places = self.into.shape
         into = jnp.moveaxis(self.into.astype(x.dtype), 1, -1).reshape(batch, -1, tokens)
         buffers = (into @ x).reshape(batch, experts, places, -1)
-        return jnp.swapaxes(buffers, 0, 1)
+        return _rounded(jnp.swapaxes(buffers, 0, 1), self.transport)
 
     def combine(self, y: Array) -> Array:
         """[E, B, C, D] -> [B, N, D]."""
