@@ -108,7 +108,7 @@ def bank(
     def part(ways: int) -> Callable[[Any, Array], Array]:
         return jax.vmap(functools.partial(apply, expert=expert.part(ways)))
 
-    parted = hasattr(expert, "axes") and hasattr(expert, "part")
+    parted = all(hasattr(expert, name) for name in ("axes", "part", "added"))
     return Bank(
         params,
         jax.vmap(apply),
