@@ -267,6 +267,15 @@ def trained_once(stack, plan, **settings):
     return program, mesh
 
 
+def test_weights_can_be_made_on_a_mesh_that_splits_sequences():
+    """They are made with a single example, which no mesh can split."""
+    given = {"name": "decoder_lm", "size": "nano", "stack": MODELS["dropless"], "vocab_multiple": 8}
+    model = models.build(given, spec=SPEC, num_outputs=31)
+    with jax.set_mesh(PUBLISHED[FOLDED].mesh()):
+        made = jax.eval_shape(model.init, KEY)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, jax.eval_shape(model.init, KEY))
+
+
 MODELS = {
     "dropless": "block + block(ffn=dropless(experts=8, k=2))",
     "capacity": "block + block(ffn=tokens_choice(experts=8, k=1, capacity=0.75))",

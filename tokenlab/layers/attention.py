@@ -18,6 +18,7 @@ from tokenlab.layers.norm import NormName
 from tokenlab.ops import attention as ops
 from tokenlab.ops.cache import KVCache, Stacked
 from tokenlab.ops.position import rope
+from tokenlab.sharding.constrain import constrain, splits
 
 
 class Projections(NamedTuple):
@@ -254,6 +255,10 @@ class Attention(nn.Module):
                 masks["segments"] = (segment, looked.segment)
             if dropout_key is not None:
                 masks["dropout"] = (self.dropout, dropout_key)
+            if splits("sequence") and not self.is_initializing():  # parameters are made with a single example
+                # Each device asks for its own tokens, and needs the keys and values of all.
+                query = constrain(query, "batch", "sequence", ..., ...)
+                keys, values = (constrain(each, "batch", None, ..., ...) for each in (keys, values))
             mixed = ops.attention(query, keys, values, implementation=self.implementation, **masks)
         with jax.named_scope("projections"):
             if self.modalities:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenlab.core.errors import ShapeError, TokenLabError, suggest
-from tokenlab.sharding.constrain import constrain, splits
+from tokenlab.sharding.constrain import splits
 from tokenlab.sharding.target import target_platform
 
 Implementation = Literal["xla", "cudnn"]
@@ -84,9 +84,6 @@ def attention(
         raise TokenLabError(
             f"implementation is {implementation!r}.{suggest(str(implementation), IMPLEMENTATIONS)}"
         )
-    if splits("sequence"):  # each device asks for its own tokens, and needs the keys and values of all
-        q = constrain(q, "batch", "sequence", ..., ...)
-        k, v = (constrain(each, "batch", None, ..., ...) for each in (k, v))
     if implementation == "cudnn":
         own = {"size": size, "bias": bias, "dropout": dropout}
         return _cudnn(q, k, v, own, visible=visible_keys(**masks), scale=scale)
