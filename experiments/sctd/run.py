@@ -31,6 +31,8 @@ from tokenlab.train.records import TOKENIZER, write_json
 
 SENTENCES = Path(__file__).resolve().parents[2] / "configs" / "sentences.py"
 NOTHING = "from nothing"
+SHAPE = ("size", "width", "num_heads", "mlp_dim", "types", "norm_placement", "norm_eps", "activation")
+"""Settings of an encoder that its weights go with."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +99,7 @@ def tuning(folder: Path, arm: str, seed: int, labels: int, steps: int | None) ->
     model = evaluate.load(folder).model
     config = configs.load(SENTENCES)
     changes: dict[str, Any] = {
-        **{f"model.{key}": getattr(model.settings, key) for key in ("size", "width")},
+        **{f"model.{key}": getattr(model.settings, key) for key in SHAPE},
         "model.stack": f"block*{model.program.depth}",
         "model.vocab_size": model.vocab_size,
         "model.positions": model.settings.positions or model.length,
