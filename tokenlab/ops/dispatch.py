@@ -40,7 +40,8 @@ class Weighted:
     Attributes:
       into: [B, N, E, C] weight of token n in place c of expert e.
       back: [B, N, E, C] weight of place c of expert e in the result of token n.
-      transport: dtype of what travels, None for the tokens' own.
+      transport: tokens and results are rounded to this dtype, as the authors do; means of them travel in the tokens'
+        own dtype. None for no rounding.
     """
 
     into: Array
@@ -51,14 +52,15 @@ class Weighted:
         """combine(experts(dispatch(x))): [B, N, D] -> [B, N, D']."""
         width = ((0, 0), (0, 0), (0, 0), (0, -self.into.shape[-1] % places(bank)))
         whole = self.replace(into=jnp.pad(self.into, width), back=jnp.pad(self.back, width))
-        return whole.combine(through_experts(bank, whole.dispatch(x), self.transport))
+        return whole.combine(through_experts(bank, whole.dispatch(x)))
 
     def dispatch(self, x: Array) -> Array:
-        """[B, N, D] -> [E, B, C, D]; what travels are the means, so they are what is rounded."""
+        """[B, N, D] -> [E, B, C, D]."""
+        x = _rounded(x, self.transport)
         batch, tokens, experts, places = self.into.shape
         into = jnp.moveaxis(self.into.astype(x.dtype), 1, -1).reshape(batch, -1, tokens)
         buffers = (into @ x).reshape(batch, experts, places, -1)
-        return _rounded(jnp.swapaxes(buffers, 0, 1), self.transport)
+        return jnp.swapaxes(buffers, 0, 1)
 
     def combine(self, y: Array) -> Array:
         """[E, B, C, D] -> [B, N, D]."""
