@@ -8,7 +8,7 @@ import pytest
 
 from tokenlab.core.config import override, to_dataclass
 from tokenlab.core.errors import ConfigError, ShardingError
-from tokenlab.sharding.axes import AXES, FAR_TO_NEAR, NAMES, ROLES
+from tokenlab.sharding.axes import AXES, FAR_TO_NEAR, NAMES, ROLES, attending, of_experts
 from tokenlab.sharding.plan import ParallelPlan, every_plan
 from tokenlab.sharding.rules import axes_of, rules_of
 from tokenlab.train.config import MeshConfig, TrainConfig, default_config
@@ -175,3 +175,9 @@ def test_of_a_configuration():
         config.experts.__class__(0)
     with pytest.raises(ShardingError, match=r"does not divide the 8 devices"):
         MeshConfig(experts=config.experts.__class__(16)).build(jax.devices())
+
+
+def test_names_are_read_once():
+    """So that an iterator does for them."""
+    assert of_experts(iter(("tensor", "data", "expert")), "expert") == ("expert",)
+    assert attending(iter(("tensor", "data", "expert")), "data") == ("data", "expert")

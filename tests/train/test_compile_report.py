@@ -45,6 +45,9 @@ def test_what_is_reported(report) -> None:
     assert 0 < report.state_bytes < report.bytes_per_device
     kinds = {each.kind: each for each in report.collectives}
     assert kinds["all-to-all"].count >= 4 and all(each.bytes > 0 for each in report.collectives)
+    over_experts = {each.kind: each for each in report.across_expert}
+    assert over_experts["all-to-all"] == kinds["all-to-all"]
+    assert sum(each.bytes for each in report.across_expert) < sum(each.bytes for each in report.collectives)
     built = build(config())
     cost = train_cost(built.model, built.task, built.source.spec, 1)
     assert report.flops_per_device == 16 * cost.flops // 8
@@ -59,6 +62,7 @@ def test_the_state_is_what_the_devices_hold(report) -> None:
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
     )
     assert alone.state_bytes == whole > report.state_bytes
+    assert alone.across_expert is None
 
 
 def test_the_file_has_what_the_documentation_promises(report) -> None:

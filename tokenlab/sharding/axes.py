@@ -63,12 +63,14 @@ def attending(names: Iterable[str], *roles: Attention) -> tuple[str, ...]:
     Those on which experts lie come last, the farthest devices first: what is split over all of them passes to the
     experts by an exchange among devices that are neighbours in the array.
     """
-    there = [axis for axis in ROLES if axis in set(names) and ROLES[axis][0] in roles]
+    given = set(names)
+    there = [axis for axis in ROLES if axis in given and ROLES[axis][0] in roles]
     others = tuple(axis for axis in there if axis not in _EXPERTS)
     return others + tuple(axis for axis in _EXPERTS if axis in there)
 
 
 def of_experts(names: Iterable[str], *roles: Experts) -> tuple[str, ...]:
     """The axes among `names` that have one of these roles in layers of experts; those of experts as `attending` has."""
-    there = [axis for axis in ROLES if axis in set(names) and ROLES[axis][1] in roles]
+    given = set(names)
+    there = [axis for axis in ROLES if axis in given and ROLES[axis][1] in roles]
     return attending(there, "data", "fsdp", "sequence", "tensor")
