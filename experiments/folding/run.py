@@ -4,7 +4,10 @@
 
 A decoder of bytes on Tiny Shakespeare: width 64, two blocks, the second with 8 experts of which every token takes 2.
 
-* curves: it is trained from one seed under three plans, unfolded and folded; the losses have to coincide to 1e-4.
+* curves: it is trained from one seed under three plans, unfolded and folded. What is the same mathematics is not the
+  same sum, and training makes differences of rounding grow: beside the plans stands the first of them again with all
+  weights nudged by a few units in the last place. Plans may not be further apart than ten times what that makes, and by
+  no more than 1e-5 in the first tenth of the steps.
 * traffic: bytes that a device sends forward in the layer of experts, of the compiled program and by the formula of
   tokenlab/cost/mapping.py. XLA:CPU has no ragged all-to-all: every device gets room for all rows, EP times more.
 * capacity: the share of choices dropped and the loss with room for 1 and 1.25 times an even spread, and for all.
@@ -23,6 +26,7 @@ from typing import Any
 
 DEVICES = 8
 LENGTH, BATCH, WIDTH, HIDDEN, EXPERTS, CHOICES = 64, 8, 64, 128, 8, 2
+NUDGE = 2.0**-22  # four units in the last place of a number just below 1
 LAYERS = {
     "none": f"dropless(experts={EXPERTS}, k={CHOICES})",
     "1.25": f"tokens_choice(experts={EXPERTS}, k={CHOICES}, capacity=1.25)",
@@ -60,12 +64,17 @@ def built(layer: str) -> tuple[Any, Any]:
         "mlp_dim": HIDDEN,
         "stack": stack,
         "vocab_multiple": DEVICES,
+        # With a capacity, whether a token is computed depends on those behind it: the loss is a comparison's alone.
+        "leaks": "tokens_choice" in layer,
     }
     return models.build(settings, spec=source.spec, num_outputs=task.num_outputs(source)), task
 
 
-def trained(plan: Any, layer: str, steps: int) -> tuple[list[float], float]:
-    """Losses under a plan, and the share of choices that the last step dropped."""
+def trained(plan: Any, layer: str, steps: int, nudge: float = 0.0) -> tuple[list[float], float]:
+    """Losses under a plan, and the share of choices that the last step dropped.
+
+    The weights begin 1 + nudge times as large.
+    """
     import jax
 
     from tokenlab.sharding.rules import row_sharding
@@ -85,6 +94,8 @@ def trained(plan: Any, layer: str, steps: int) -> tuple[list[float], float]:
     rows = row_sharding(mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: states.create(model, optimizer, names, 0), out_shardings=places)()
+        if nudge:
+            state = state.replace(params=jax.tree.map(lambda leaf: leaf * (1 + nudge), state.params))
         step = make_train_step(model, task, optimizer, shardings=places, batch_sharding=rows)
         for batch in batches(steps):
             before = jax.device_get(state.metrics)
@@ -97,6 +108,11 @@ def trained(plan: Any, layer: str, steps: int) -> tuple[list[float], float]:
                     (after[name][0] - before[name][0]) / max(after[name][1] - before[name][1], 1e-9)
                 )
     return losses, dropped
+
+
+def spread_of(*curves: list[float]) -> list[float]:
+    """At each step, how far the highest is from the lowest."""
+    return [max(at) - min(at) for at in zip(*curves, strict=True)]
 
 
 def sent(plan: Any) -> dict[str, float]:
@@ -126,7 +142,7 @@ def sent(plan: Any) -> dict[str, float]:
         )
         program = jax.jit(run).lower(*given).compile()
     tokens = [(e, n) for e, n in executed(program) if e.shapes[0][-1] == WIDTH and len(e.shapes[0]) > 2]
-    by_formula = exchanged(plan, BATCH * LENGTH, CHOICES, WIDTH)
+    by_formula = exchanged(plan.sizes, BATCH * LENGTH, CHOICES, WIDTH)
     return {
         "exchange compiled": sum(n * bytes_of(e, DEVICES) for e, n in tokens if e.kind == "all-to-all")
         / plan.ep,
@@ -159,10 +175,16 @@ def main() -> None:
         losses, _ = trained(plan, LAYERS["none"], given.steps)
         found["plans"][str(plan)] = {"losses": losses, "folded": plan.folded, **sent(plan)}
         print(f"{str(plan):24} loss {losses[0]:.5f} -> {losses[-1]:.5f}", flush=True)
+    nudged, _ = trained(plans[0], LAYERS["none"], given.steps, nudge=NUDGE)
+    found["nudged"] = nudged
+    print(f"{'nudged':24} loss {nudged[0]:.5f} -> {nudged[-1]:.5f}", flush=True)
     curves = [each["losses"] for each in found["plans"].values()]
-    apart = max(max(at) - min(at) for at in zip(*curves, strict=True))
-    found["largest_difference"] = apart
-    print(f"largest difference of the losses at any step: {apart:.2e}")
+    apart, rounding = spread_of(*curves), spread_of(curves[0], nudged)
+    found["largest_difference"], found["largest_difference_nudged"] = max(apart), max(rounding)
+    tenths = range(given.steps // 10, given.steps + 1, max(1, given.steps // 10))
+    print(f"\n{'largest difference of the losses up to step':44} " + " ".join(f"{at:>8}" for at in tenths))
+    for name, each in (("of the three plans", apart), ("of the first and itself, nudged", rounding)):
+        print(f"{name:44} " + " ".join(f"{max(each[:at]):8.1e}" for at in tenths))
     print(f"\n{'bytes a device, forward':24} {'exchange':>22} {'besides':>22}")
     for name, each in found["plans"].items():
         pairs = ((each[f"{what} compiled"], each[f"{what} formula"]) for what in ("exchange", "other"))
@@ -175,8 +197,9 @@ def main() -> None:
         print(f"capacity {factor:5} dropped {dropped:.3f}, loss {losses[-1]:.4f}", flush=True)
     if given.json:
         Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if apart > 1e-4:
-        raise SystemExit("the curves do not coincide")
+    first = given.steps // 10
+    if max(apart[:first]) > 1e-5 or max(apart) > 10 * max(rounding):
+        raise SystemExit("the curves do not coincide: they are further apart than rounding makes them")
 
 
 if __name__ == "__main__":

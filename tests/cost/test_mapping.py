@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
 from tokenlab import Dropless
-from tokenlab.cost.mapping import BlockSizes, Leaf, activation_bytes, exchanged, step_bytes
+from tokenlab.cost.mapping import BlockSizes, Leaf, Sent, activation_bytes, exchanged, step_bytes
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.sharding.constrain import constrain
 from tokenlab.sharding.plan import ParallelPlan, every_plan
@@ -50,7 +52,7 @@ def travelled(plan):
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_layers_of_experts_send_what_the_formula_says(plan):
-    wanted, found = exchanged(plan, B * N, K, D), travelled(plan)
+    wanted, found = exchanged(plan.sizes, B * N, K, D), travelled(plan)
     # XLA:CPU has no ragged all-to-all: there every device gets room for all rows, EP times what is needed.
     assert found.get("all-to-all", 0) == wanted["exchange"] * plan.ep
     rest = sum(value for kind, value in found.items() if kind != "all-to-all")
@@ -68,28 +70,35 @@ def test_what_a_step_sends_by_hand():
         Leaf(640, ("tensor_expert",)),
         Leaf(6400, ("expert", "sequence_expert", "tensor_expert"), expert=True),
     ]
-    found = step_bytes(plan, [block, experts], leaves, batch=4, itemsize=2)
+    found = step_bytes(plan.sizes, [block, experts], leaves, batch=4, itemsize=2)
     here = 4 * 16 / 4  # tokens of attention on a device
     n = 4 * 16 / 8
-    assert found == {
-        "experts": round(2 * 2 * (2 * n * 2 * 8 * 7 / 8 + here * 8 / 2)),
-        "tensor": round(2 * (2 + 1) * 2 * 2 * here * 8 / 2),
-        "sequence": round(2 * 2 * 2 * (4 / 2) * 16 * (2 * 2 * 2 / 2) / 2),
-        "parameters": 0,
-        "gradients": round(2 * 2 * 320 * 3 / 4),
-    }
+    assert found == Sent(
+        experts=round(2 * 2 * (2 * n * 2 * 8 * 7 / 8 + here * 8 / 2)),
+        tensor=round(2 * (2 + 1) * 2 * 2 * here * 8 / 2),
+        sequence=round(2 * 2 * 2 * (4 / 2) * 16 * (2 * 2 * 2 / 2) / 2),
+        gradients=round(2 * 2 * 320 * 3 / 4),
+    )
     split = ParallelPlan(dp=8, fsdp=4, ep=2)  # fsdp_expert 2, fsdp 2, data 2
     leaves = [Leaf(640, ("fsdp_expert", "fsdp")), Leaf(6400, ("fsdp_expert", "fsdp"), expert=True)]
-    found = step_bytes(split, [], leaves, batch=8, itemsize=4)
-    assert found["parameters"] == 4 * (3 * 640 * 3 / 4 + 3 * 3200 / 2)
-    assert found["gradients"] == 4 * (2 * 160 / 2 + 2 * 1600 / 2)
+    found = step_bytes(split.sizes, [], leaves, batch=8, itemsize=4)
+    assert found.parameters == 4 * (2 * 640 * 3 / 4 + 2 * 3200 / 2)
+    assert found.gradients == 4 * (640 * 3 / 4 + 3200 / 2 + 2 * 160 / 2 + 2 * 1600 / 2)
 
 
 def test_every_plan_sends_nothing_negative_and_one_device_nothing():
     block = BlockSizes(tokens=16, width=8, heads=4, kv_heads=2, head_dim=2, hidden=32, choices=2)
-    assert not any(step_bytes(ParallelPlan(), [block], [Leaf(640, ())], 8, 4).values())
-    for plan in every_plan(8, fsdp=True):
-        assert min(step_bytes(plan, [block], [], 8, 4).values()) >= 0
-        assert activation_bytes(plan, [block], 8, 4, outputs=10, remat=False) > 0
-    whole = activation_bytes(ParallelPlan(dp=8), [block] * 4, 8, 4, outputs=10, remat=False)
-    assert activation_bytes(ParallelPlan(dp=8), [block] * 4, 8, 4, outputs=10, remat=True) < whole
+    assert step_bytes({}, [block], [Leaf(640, ())], 8, 4) == Sent()
+    for plan in every_plan(8, fsdp=True, beyond=True):
+        assert min(dataclasses.astuple(step_bytes(plan.sizes, [block], [], 8, 4))) >= 0
+        assert activation_bytes(plan.sizes, [block], 8, 4, outputs=10, remat=False) > 0
+    whole = activation_bytes({"data": 8}, [block] * 4, 8, 4, outputs=10, remat=False)
+    assert activation_bytes({"data": 8}, [block] * 4, 8, 4, outputs=10, remat=True) < whole
+
+
+def test_tokens_that_do_not_come_to_a_layer_are_not_sent():
+    """Between the halves of a block an item may leave fewer."""
+    block = BlockSizes(tokens=16, width=8, heads=4, kv_heads=2, head_dim=2, hidden=32, choices=2)
+    half = dataclasses.replace(block, fed=8)
+    sizes = {"expert": 8}
+    assert 2 * step_bytes(sizes, [half], [], 8, 4).experts == step_bytes(sizes, [block], [], 8, 4).experts

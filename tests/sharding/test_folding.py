@@ -27,7 +27,7 @@ LAYERS = {
     "experts_choice": ExpertsChoice(E, capacity=2.0, expert=MLP(F)),
     "soft_moe": SoftMoE(E, slots=3, expert=MLP(F)),
 }
-PLANS = {str(plan): plan for plan in every_plan(8) if E % plan.ep == 0 and F % plan.etp == 0}
+PLANS = {str(plan): plan for plan in every_plan(8, beyond=True) if E % plan.ep == 0 and F % plan.etp == 0}
 PUBLISHED = {
     str(plan): plan
     for plan in (

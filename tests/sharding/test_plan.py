@@ -181,3 +181,28 @@ def test_names_are_read_once():
     """So that an iterator does for them."""
     assert of_experts(iter(("tensor", "data", "expert")), "expert") == ("expert",)
     assert attending(iter(("tensor", "data", "expert")), "data") == ("data", "expert")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_settings_make_the_plan(fsdp):
+    """What a search says of a plan can be typed: a run with it has the same mesh."""
+    plans = list(every_plan(8, fsdp=fsdp, beyond=True))
+    assert len({tuple(plan.sizes.items()) for plan in plans}) == len(plans)
+    for plan in plans:
+        changes = {f"mesh.{name}": str(size) for name, size in plan.settings.items()}
+        config = to_dataclass(TrainConfig, override(default_config(), changes))
+        made, wanted = config.mesh.build(), plan.mesh()
+        assert dict(made.shape) == dict(wanted.shape), plan
+        if plan.folded:  # else the order of `make_mesh`
+            assert made == wanted
+
+
+def test_experts_beyond_an_example():
+    """As without folding: devices that share an example have the same experts."""
+    plan = ParallelPlan(tp=2, cp=2, dp=4, ep=2, inner=2)
+    assert plan.sizes == {"tensor": 2, "sequence": 2, "expert": 2, "data": 2} and not plan.folded
+    assert ParallelPlan(tp=2, cp=2, dp=4, ep=2).folded and str(plan) == "tp2 cp2 dp4 | etp2 ep2 edp4 beyond"
+    with pytest.raises(ShardingError, match="inner 3 does not divide edp 4"):
+        ParallelPlan(tp=2, cp=2, dp=4, ep=2, inner=3)
+    with pytest.raises(ShardingError, match="config.mesh cannot say it"):
+        _ = ParallelPlan(dp=8, ep=2, inner=2).settings

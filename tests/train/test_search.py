@@ -15,6 +15,7 @@ from tokenlab.cost.mapping import Leaf, computed_with, step_bytes
 from tokenlab.sharding.plan import ParallelPlan
 from tokenlab.train import search
 from tokenlab.train.config import default_config
+from tokenlab.train.scaling import leaves_of
 
 CONFIG = """
 from tokenlab.train import default_config
@@ -25,6 +26,11 @@ def get_config(stack="block + block(ffn=dropless(experts=8, k=2))"):
     config.model.size, config.model.stack, config.batch_size = "nano", stack, 16
     return config
 """
+
+
+def in_turn(seconds):
+    computing = max(seconds["compute_seconds"], seconds["memory_seconds"])
+    return computing + seconds["collective_seconds"] + seconds["network_seconds"]
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +59,12 @@ def test_every_mapping_is_legal_and_the_best_come_first(ranked):
     }
     assert all(each["tp"] in (1, 2) for each in found)  # two heads
     keys = [
-        (not each["fits"], each["step_seconds_bound"], each["seconds_by_resource"]["collective_seconds"])
-        for each in found
+        (not each["fits"], each["step_seconds_bound"], in_turn(each["seconds_by_resource"])) for each in found
     ]
     assert keys == sorted(keys)
     for each in found:
         assert each["tp"] * each["cp"] * each["dp"] == 8 and each["dp"] % each["fsdp"] == 0
+        assert each["collective_bytes"]["far"] == 0
         sent = sum(each["collective_bytes"].values()) / lookup("TPU v5e").link_bandwidth
         assert each["seconds_by_resource"]["collective_seconds"] == pytest.approx(sent)
         assert each["state_bytes"] < each["bytes_per_device"]
@@ -106,15 +112,30 @@ def test_experts_that_are_not_split_are_experts():
     """Where attention alone uses `tensor`, every device has all of each expert, and all sum their gradients."""
     params = {"experts": {"up": jax.ShapeDtypeStruct((3, 8, 16), jnp.float32)}}
     table = {"experts/up": ("expert", "expert_embed", "expert_mlp")}
-    plan = ParallelPlan(tp=2, dp=4, etp=1)
-    (leaf,) = search.leaves_of(params, table, plan, {})
+    sizes = ParallelPlan(tp=2, dp=4, etp=1).sizes
+    (leaf,) = leaves_of(params, table, sizes, {})
     assert leaf == Leaf(384, (), expert=True)
-    assert step_bytes(plan, [], [leaf], 8, 4)["gradients"] == 4 * 2 * 384 * 7 / 8
-    (leaf,) = search.leaves_of(params, table, ParallelPlan(dp=8, fsdp=8, etp=2), {})
+    assert step_bytes(sizes, [], [leaf], 8, 4).gradients == 4 * 2 * 384 * 7 / 8
+    sizes = ParallelPlan(dp=8, fsdp=8, etp=2).sizes
+    (leaf,) = leaves_of(params, table, sizes, {})
+    assert set(leaf.axes) == {"fsdp", "fsdp_tensor"} and computed_with(leaf, sizes) == 192
+
+
+def test_several_slices(file, tmp_path, capsys):
+    """Only data or fsdp reaches from slice to slice, and what crosses takes the network's time."""
+    told, chip = tmp_path / "told.json", lookup("TPU v5e")
     assert (
-        set(leaf.axes) == {"fsdp", "fsdp_tensor"}
-        and computed_with(leaf, ParallelPlan(dp=8, fsdp=8, etp=2)) == 192
+        cli.main(["compile", "--search", f"--config={file}", "--topology=v5e:2x2*2", f"--json={told}"]) == 0
     )
+    said = json.loads(told.read_text())
+    assert said["devices"] == 8 and said["slices"] == 2
+    for each in said["mappings"]:
+        far = each["collective_bytes"]["far"]
+        assert any(each["mesh"].get(axis, 1) % 2 == 0 for axis in ("data", "fsdp")) and far > 0
+        assert each["seconds_by_resource"]["network_seconds"] == pytest.approx(far / chip.far_bandwidth)
+    best = next(each for each in said["mappings"] if each["folded"])
+    shown = " ".join(f"--config.mesh.{name}={size}" for name, size in best["settings"].items())
+    assert shown in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_mistakes(file, capsys):
@@ -122,8 +143,12 @@ def test_mistakes(file, capsys):
     assert "--search takes kind and shape, such as v5e:4x4" in capsys.readouterr().err
     with pytest.raises(CostError, match="no bandwidth of its links"):
         search.rank(default_config(), 4, lookup("H100 PCIe"))
+    with pytest.raises(CostError, match="TPU v6e: no bandwidth of the network of slices is stated"):
+        search.rank(default_config(), 8, lookup("TPU v6e"), slices=2)
+    with pytest.raises(ConfigError, match="such as v5e:4x4"):
+        search.slices_of("v5e:4x4*0")
     with pytest.raises(CostError, match="no datasheet is known"):
-        search.slice_of("v5f:4x4")
+        search.slices_of("v5f:4x4")
     config = default_config()
     config.model.stack, config.batch_size = "block*2", 64
     with pytest.raises(

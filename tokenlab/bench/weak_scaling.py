@@ -4,7 +4,7 @@ python -m tokenlab.bench.weak_scaling                 the record, the table and 
 python -m tokenlab.bench.weak_scaling --compile       first compile further slices that the formulas are held against
 python -m tokenlab.bench.weak_scaling --check         only say whether the table is the record's (status 1 when not)
 
-Run it in the root of a checkout. The formulas and what they assume are those of `tokenlab.train.scaling`; they are held
+Run it in the root of a checkout. The formulas and what they assume are those of `tokenlab.cost.mapping`; they are held
 against the programs of `tokenlab.bench.pods`, and against what `--compile` adds, which needs libtpu and goes on where
 it was stopped.
 """
@@ -130,15 +130,15 @@ def rows(family: Family) -> list[dict[str, Any]]:
                     "chips": chips,
                     "slices": slices,
                     "mesh": mesh,
-                    "gathered_bytes": round(sent.gathered),
-                    "summed_bytes": round(sent.reduced + sent.summed),
-                    "exchanged_bytes": round(sent.exchanged + sent.tensor),
-                    "far_bytes": round(sent.far),
-                    "compute_seconds": least.compute,
-                    "memory_seconds": least.memory,
-                    "near_seconds": least.near,
-                    "far_seconds": least.far,
-                    "overlapped_seconds": least.overlapped,
+                    "gathered_bytes": sent.parameters,
+                    "summed_bytes": sent.gradients,
+                    "exchanged_bytes": sent.experts + sent.tensor + sent.sequence,
+                    "far_bytes": sent.far,
+                    "compute_seconds": least.compute_seconds,
+                    "memory_seconds": least.memory_seconds,
+                    "near_seconds": least.collective_seconds,
+                    "far_seconds": least.network_seconds,
+                    "overlapped_seconds": least.seconds,
                     "in_turn_seconds": least.in_turn,
                     "bound": least.bound,
                 }
@@ -158,8 +158,8 @@ def held(pod: Pod, report: Mapping[str, Any]) -> dict[str, Any]:
         "command": report["command"],
         "compiled": report["collectives"],
         "compiled_bytes": sum(each["bytes"] for each in report["collectives"]),
-        "formula_bytes": round(sent.near),
-        "formula": {name: round(size) for name, size in dataclasses.asdict(sent).items()},
+        "formula_bytes": sent.near,
+        "formula": dataclasses.asdict(sent),
     }
 
 

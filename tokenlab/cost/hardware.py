@@ -71,6 +71,7 @@ _TPU = "Google Cloud TPU documentation, page "
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet (1758950)"
 _H100 = "NVIDIA H100 Tensor Core GPU datasheet (bfloat16 and TF32 there with sparsity; half of it)"
 _H200 = "NVIDIA H200 Tensor Core GPU datasheet (bfloat16 and TF32 there with sparsity; half of it)"
+_DGX = "; NVIDIA DGX H100/H200 datasheet for the network: one port of 400 Gbit/s a GPU"
 
 HARDWARE = (
     Hardware("TPU v4", ("TPU v4",), 275e12, 275e12, 32 * 2**30, 1200e9, 300e9, _TPU + "v4"),
@@ -86,9 +87,11 @@ HARDWARE = (
     Hardware("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312e12, 156e12, 40e9, 1555e9, None, _A100),
     Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, 80e9, 2039e9, 300e9, _A100),
     Hardware("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80e9, 1935e9, None, _A100),
-    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 494.7e12, 80e9, 3350e9, 450e9, _H100),
+    Hardware(
+        "H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 494.7e12, 80e9, 3350e9, 450e9, _H100 + _DGX, 8, 50e9
+    ),
     Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756.5e12, 378e12, 80e9, 2000e9, None, _H100),
-    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 494.7e12, 141e9, 4800e9, 450e9, _H200),
+    Hardware("H200 SXM", ("NVIDIA H200",), 989.5e12, 494.7e12, 141e9, 4800e9, 450e9, _H200 + _DGX, 8, 50e9),
 )
 
 

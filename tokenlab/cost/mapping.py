@@ -2,7 +2,9 @@
 
 Bytes that each device sends, by ring algorithms: of g devices an all-gather and a reduce-scatter pass on (g - 1) / g of
 what is whole, an all-reduce twice that, an all-to-all (g - 1) / g of what a device has. Everything travels in the dtype
-of computation. With n tokens that enter a layer of experts on a device, K choices each, width D, forward:
+of computation.
+
+Layers of experts. With n tokens that enter one on a device, K choices each, width D, forward:
 
     exchange   2 n K D (EP - 1) / EP       to the experts and back
     join       2 n D (J - 1) / J           devices that share experts and not tokens: tokens gathered, results scattered
@@ -11,21 +13,31 @@ of computation. With n tokens that enter a layer of experts on a device, K choic
 and as much again backward. Where attention has the same tokens on s devices and a layer of experts splits them, they
 are gathered behind it: n' D (s - 1) / s, n' the tokens of attention. Liu et al. 2025 (arXiv 2504.14960) gather and
 scatter choices, not tokens, over ETP, 2 n K D (ETP - 1) behind an exchange of 1 / ETP as many; see docs/folding.md.
+
+Parameters. Of W' numbers that a device computes with, f devices keep a part each and r keep the same part:
+
+    parameters   2 W' (f - 1) / f                      gathered before the forward and before the backward pass
+    gradients      W' (f - 1) / f + 2 W'/f (r - 1) / r   scattered to the f, and summed over the r
+
+once for each microbatch. Where one axis reaches from slice to slice, what passes along it does so in two stages: within
+each slice as above with the devices that are there, and of every part of that between the s slices, (s - 1) / s.
+
+The formulas follow from how the axes are defined: Rajbhandari et al. 2020 (arXiv 1910.02054) for parameters and
+gradients, Shoeybi et al. 2019 (arXiv 1909.08053) for tensor, Lepikhin et al. 2020 (arXiv 2006.16668) for the exchange.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from tokenlab.sharding.axes import ROLES
-from tokenlab.sharding.plan import ParallelPlan
+from tokenlab.sharding.axes import ROLES, attending, of_experts
+from tokenlab.sharding.slices import far_axis
 
-PARTS = ("experts", "tensor", "sequence", "parameters", "gradients")
-"""Of the traffic: tokens to experts and back and what belongs to it; sums over heads and hidden units; keys and values;
-parameters that fsdp gathers; gradients."""
+Sizes: TypeAlias = Mapping[str, int]
+"""A mesh: axis -> devices along it; `tokenlab.sharding.plan.ParallelPlan.sizes` is one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class BlockSizes:
       hidden: units of its feed-forward layer, F of each expert.
       gated: whether that has a gate.
       choices: experts that each token is computed by, K; 0 for a dense layer.
+      fed: tokens that its feed-forward layer gets; None for as many as come in.
     """
 
     tokens: int
@@ -49,6 +62,7 @@ class BlockSizes:
     hidden: int
     gated: bool = False
     choices: float = 0.0
+    fed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,24 +80,61 @@ class Leaf:
     expert: bool = False
 
 
-def exchanged(plan: ParallelPlan, tokens: int, choices: float, width: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a device sends in a step, by what for.
+
+    Attributes:
+      experts: tokens to experts and back, and what belongs to it.
+      tensor: sums over heads and hidden units.
+      sequence: keys and values.
+      parameters: that fsdp gathers.
+      gradients: scattered and summed.
+      far: of all of these, what goes to other slices; it is not in the others.
+    """
+
+    experts: int = 0
+    tensor: int = 0
+    sequence: int = 0
+    parameters: int = 0
+    gradients: int = 0
+    far: int = 0
+
+    @property
+    def near(self) -> int:
+        """Bytes to devices of the same slice."""
+        return self.experts + self.tensor + self.sequence + self.parameters + self.gradients
+
+
+def ways(sizes: Sizes) -> dict[str, int]:
+    """How many devices share what: "tp" heads, "cp" an example, "dp" the examples; "ep" experts, "etp" their units."""
+    return {
+        "tp": _size(sizes, attending(sizes, "tensor")),
+        "cp": _size(sizes, attending(sizes, "sequence")),
+        "dp": _size(sizes, attending(sizes, "data", "fsdp")),
+        "ep": _size(sizes, of_experts(sizes, "expert")),
+        "etp": _size(sizes, of_experts(sizes, "tensor")),
+    }
+
+
+def exchanged(sizes: Sizes, tokens: int, choices: float, width: int) -> dict[str, float]:
     """Numbers that a device sends forward in one layer of experts, by "exchange", "join", "add up" and "gather".
 
     Args:
-      plan: the mapping.
+      sizes: the mesh.
       tokens: over all devices.
       choices: K.
       width: D.
     """
-    over = plan.sizes
-    shared = [axis for axis in over if ROLES[axis][1] == "tensor"]
-    joined = _size(over, (axis for axis in shared if ROLES[axis][0] != "tensor"))
-    added = _size(over, (axis for axis in shared if ROLES[axis][0] == "tensor"))
-    parted = _size(over, (a for a in over if ROLES[a][0] == "tensor" and ROLES[a][1] != "tensor"))
-    n = tokens * joined * added / plan.devices
-    attention = tokens / (plan.dp * plan.cp)
+    over = ways(sizes)
+    shared = of_experts(sizes, "tensor")
+    joined = _size(sizes, (axis for axis in shared if ROLES[axis][0] != "tensor"))
+    added = _size(sizes, (axis for axis in shared if ROLES[axis][0] == "tensor"))
+    parted = _size(sizes, (axis for axis in attending(sizes, "tensor") if ROLES[axis][1] != "tensor"))
+    n = tokens * joined * added / math.prod(sizes.values())
+    attention = tokens / (over["dp"] * over["cp"])
     return {
-        "exchange": 2 * n * choices * width * _ring(plan.ep),
+        "exchange": 2 * n * choices * width * _ring(over["ep"]),
         "join": 2 * n * width * _ring(joined),
         "add up": 2 * n * width * _ring(added),
         "gather": attention * width * _ring(parted),
@@ -91,77 +142,109 @@ def exchanged(plan: ParallelPlan, tokens: int, choices: float, width: int) -> di
 
 
 def step_bytes(
-    plan: ParallelPlan, blocks: Iterable[BlockSizes], leaves: Iterable[Leaf], batch: int, itemsize: int
-) -> dict[str, int]:
-    """Bytes that a device sends in a training step, by part; see `PARTS`.
+    sizes: Sizes,
+    blocks: Iterable[BlockSizes],
+    leaves: Iterable[Leaf],
+    batch: int,
+    itemsize: int,
+    *,
+    remat: str = "none",
+    accumulate: int = 1,
+    slices: int = 1,
+) -> Sent:
+    """Bytes that a device sends in a training step.
 
     Args:
-      plan: the mapping, without pipeline stages.
+      sizes: the mesh.
       blocks: of the model.
-      leaves: its parameters.
+      leaves: its parameters, as they lie there.
       batch: examples over all devices.
       itemsize: bytes of a number in the dtype of computation.
+      remat: of the model. What it computes again it sends again: keys, values and tokens for experts; with "full" also
+        the sums over heads, but not those that end a block, which nothing in it needs.
+      accumulate: microbatches; parameters are gathered, and gradients summed, for each.
+      slices: over which one axis reaches (`tokenlab.sharding.slices`).
+
+    Raises: ShardingError where no axis can.
     """
-    found: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    over, far = ways(sizes), far_axis(sizes, slices)
+    passes = 2 if remat == "none" else 3
+    experts = tensor = sequence = parameters = gradients = away = 0.0
+
+    def inside(axes: Iterable[str]) -> tuple[int, int]:
+        """Devices along the axes in one slice, and how many slices those reach."""
+        found = tuple(axes)
+        there = slices if far in found else 1
+        return _size(sizes, found) // there, there
+
     for block in blocks:
-        here = batch * block.tokens / (plan.dp * plan.cp)
-        sums = 1 if block.choices else 2  # behind attention, and behind a dense layer
-        found["tensor"] += 2 * sums * 2 * here * block.width * _ring(plan.tp)
-        keys = 2 * block.kv_heads * block.head_dim / min(plan.tp, block.kv_heads)
-        found["sequence"] += 2 * batch / plan.dp * block.tokens * keys * _ring(plan.cp)
+        here = batch * block.tokens / (over["dp"] * over["cp"])
+        fed = block.tokens if block.fed is None else block.fed
+        sums = 2 + (remat == "full")  # behind attention: forward, backward, and forward once more
+        tensor += sums * 2 * here * block.width * _ring(over["tp"])
+        keys = 2 * block.kv_heads * block.head_dim / min(over["tp"], block.kv_heads)
+        sequence += passes * batch / over["dp"] * block.tokens * keys * _ring(over["cp"])
         if block.choices:
-            sent = exchanged(plan, batch * block.tokens, block.choices, block.width)
-            found["experts"] += 2 * sum(sent.values())
+            experts += passes * sum(exchanged(sizes, batch * fed, block.choices, block.width).values())
+        else:
+            behind = batch * fed / (over["dp"] * over["cp"])
+            tensor += 2 * 2 * behind * block.width * _ring(over["tp"])
     for leaf in leaves:
-        whole = leaf.size / _size(plan.sizes, leaf.axes)
-        shared = _gathered(leaf, plan)
-        # Forward, backward, and the scattering of the gradient.
-        found["parameters"] += 3 * whole * shared * _ring(shared)
+        whole = leaf.size / _size(sizes, leaf.axes)  # what a device keeps
+        shared, of_slices = inside(_gathered(leaf))
+        used = whole * shared * of_slices
+        parameters += 2 * used * _ring(shared)
+        gradients += used * _ring(shared)
+        away += 3 * used / shared * _ring(of_slices)
         roles = {"data"} if leaf.expert else {"data", "fsdp", "sequence"}
-        rest = (a for a in plan.sizes if a not in leaf.axes and ROLES[a][1 if leaf.expert else 0] in roles)
-        found["gradients"] += 2 * whole * _ring(_size(plan.sizes, rest))
-    return {part: round(itemsize * found[part]) for part in PARTS}
+        rest = (a for a in sizes if a not in leaf.axes and ROLES[a][1 if leaf.expert else 0] in roles)
+        alike, of_slices = inside(rest)
+        gradients += 2 * whole * _ring(alike)
+        away += 2 * whole / alike * _ring(of_slices)
+    each = (experts, tensor, sequence, accumulate * parameters, accumulate * gradients, accumulate * away)
+    return Sent(*(round(itemsize * numbers) for numbers in each))
 
 
 def activation_bytes(
-    plan: ParallelPlan, blocks: Sequence[BlockSizes], batch: int, itemsize: int, *, outputs: int, remat: bool
+    sizes: Sizes, blocks: Sequence[BlockSizes], batch: int, itemsize: int, *, outputs: int, remat: bool
 ) -> int:
     """About what a device keeps between the passes: each block's inputs, hidden units and attention map, and logits.
 
     An estimate to rank mappings by: with `remat` the inputs of all blocks and all of one; `tokenlab compile` asks the
     compiler.
     """
-    kept, most = 0.0, 0.0
+    over, kept, most = ways(sizes), 0.0, 0.0
+    devices = over["dp"] * over["cp"] * over["tp"]
     for block in blocks:
-        here = batch * block.tokens / (plan.dp * plan.cp)
-        heads = (2 * block.heads + 2 * block.kv_heads) * block.head_dim / plan.tp
-        maps = 2 * block.heads / plan.tp * block.tokens * 4 / itemsize
+        here = batch * block.tokens / (over["dp"] * over["cp"])
+        heads = (2 * block.heads + 2 * block.kv_heads) * block.head_dim / over["tp"]
+        maps = 2 * block.heads / over["tp"] * block.tokens * 4 / itemsize
         units = block.hidden * (3 if block.gated else 2)
         own = 4 * block.width + heads + maps
         if block.choices:
-            entering = plan.dp * plan.cp * (plan.etp or 1) / plan.devices
-            own += block.choices * entering * (2 * block.width + units / (plan.etp or 1))
+            entering = over["dp"] * over["cp"] * over["etp"] / devices
+            own += block.choices * entering * (2 * block.width + units / over["etp"])
         else:
-            own += units / plan.tp
+            own += units / over["tp"]
         most = max(most, here * own)
         kept += here * (block.width if remat else own)
     last = blocks[-1].tokens if blocks else 1
-    logits = 2 * batch * last * outputs / (plan.dp * plan.cp * plan.tp) * 4
+    logits = 2 * batch * last * outputs / devices * 4
     return round(itemsize * (kept + (most if remat else 0)) + logits)
 
 
-def computed_with(leaf: Leaf, plan: ParallelPlan) -> float:
+def computed_with(leaf: Leaf, sizes: Sizes) -> float:
     """How much of a parameter a device computes with: its own part, and what fsdp gathers for it."""
-    return leaf.size / _size(plan.sizes, leaf.axes) * _gathered(leaf, plan)
+    return leaf.size / _size(sizes, leaf.axes) * _size(sizes, _gathered(leaf))
 
 
-def _gathered(leaf: Leaf, plan: ParallelPlan) -> int:
-    """Devices whose parts of a parameter are gathered before it is used; those of experts are not."""
+def _gathered(leaf: Leaf) -> tuple[str, ...]:
+    """Axes along which parts of a parameter are gathered before it is used; those of experts are not."""
     axes = (axis for axis in leaf.axes if ROLES[axis][0] == "fsdp")
-    return _size(plan.sizes, (axis for axis in axes if not leaf.expert or ROLES[axis][1] == "data"))
+    return tuple(axis for axis in axes if not leaf.expert or ROLES[axis][1] == "data")
 
 
-def _size(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
+def _size(sizes: Sizes, axes: Iterable[str]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in axes)
 
 

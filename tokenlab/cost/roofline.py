@@ -3,7 +3,8 @@
     compute     = FLOPs / FLOP/s of matrix products
     memory      = bytes / bytes/s of memory
     collectives = bytes moved between devices / bytes/s of their links
-    time       >= the largest of the three
+    network     = bytes moved between slices / bytes/s of the network that joins them
+    time       >= the largest of these
 
 FLOPs and bytes are those of `tokenlab.cost.count`: a loop's body as often as it runs, elementwise work taken as fused
 into its neighbours. Source: Williams, Waterman and Patterson 2009 (Roofline, CACM 52(4)).
@@ -26,18 +27,26 @@ class Roofline:
     compute_seconds: float
     memory_seconds: float
     collective_seconds: float
+    network_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The least time: the longest of the three, as they overlap at best."""
-        return max(self.compute_seconds, self.memory_seconds, self.collective_seconds)
+        """The least time: the longest of all, as they overlap at best."""
+        return max(self.compute_seconds, self.memory_seconds, self.collective_seconds, self.network_seconds)
 
     @property
-    def bound(self) -> Literal["compute", "memory", "collectives"]:
-        """What takes longest; on a tie the first of compute, memory and collectives."""
+    def in_turn(self) -> float:
+        """The time where nothing that is sent overlaps with what computes."""
+        return max(self.compute_seconds, self.memory_seconds) + self.collective_seconds + self.network_seconds
+
+    @property
+    def bound(self) -> Literal["compute", "memory", "collectives", "network"]:
+        """What takes longest; on a tie the first of compute, memory, collectives and network."""
         if self.compute_seconds == self.seconds:
             return "compute"
-        return "memory" if self.memory_seconds == self.seconds else "collectives"
+        if self.memory_seconds == self.seconds:
+            return "memory"
+        return "collectives" if self.collective_seconds == self.seconds else "network"
 
 
 def roofline(

@@ -50,6 +50,8 @@ class ParallelPlan:
       ep: devices that share the experts.
       etp: devices that share the hidden units of every expert; None for as many as tp.
       fsdp: of the dp devices, those that share parameters too, the nearest; a divisor of dp.
+      inner: of the edp devices, those dealt out before ep: 1 where experts fold over the nearest devices; cp x fsdp
+        where they lie beyond those, among the other devices of dp, as without folding.
     """
 
     tp: int = 1
@@ -59,11 +61,12 @@ class ParallelPlan:
     ep: int = 1
     etp: int | None = None
     fsdp: int = 1
+    inner: int = 1
 
     def __post_init__(self) -> None:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
-        for name in ("tp", "cp", "dp", "pp", "ep", "etp", "fsdp"):
+        for name in ("tp", "cp", "dp", "pp", "ep", "etp", "fsdp", "inner"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ShardingError(f"plan: {name} is {size!r}; expected a number of devices >= 1.")
@@ -76,6 +79,10 @@ class ParallelPlan:
             raise ShardingError(
                 f"plan: etp {self.etp} x ep {self.ep} does not divide the {inside} devices of tp {self.tp} x cp "
                 f"{self.cp} x dp {self.dp}; every stage needs whole sets of experts."
+            )
+        if self.edp % self.inner:
+            raise ShardingError(
+                f"plan: inner {self.inner} does not divide edp {self.edp}, of which it is a part."
             )
         _ = self.sizes
 
@@ -98,7 +105,12 @@ class ParallelPlan:
             ("fsdp", self.fsdp),
             ("data", self.dp // self.fsdp),
         ]
-        experts = [("tensor", self.etp), ("expert", self.ep), ("data", self.edp)]
+        experts = [
+            ("tensor", self.etp),
+            ("data", self.inner),
+            ("expert", self.ep),
+            ("data", self.edp // self.inner),
+        ]
         ends, expert_ends = _ends(dense), _ends(experts)
         found, before = {}, 1
         for point in sorted({end for _, end in ends} | {end for _, end in expert_ends}):
@@ -119,6 +131,27 @@ class ParallelPlan:
         """Whether experts use the devices as no subgroup of data parallelism could: beyond dp, or with another etp."""
         plain = {"data", "fsdp", "sequence", "tensor", "expert", "fsdp_expert"}
         return not plain.issuperset(self.sizes)
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What makes a run use this plan: values of `config.mesh`, those that differ from one device.
+
+        Without folding devices are then dealt out in the order of `make_mesh`, experts to the nearest.
+
+        Raises: ShardingError for one that it has no words for: pipeline stages, or an `inner` of another size.
+        """
+        plain = not self.folded and self.inner == self.cp * self.fsdp
+        if self.pp > 1 or (self.inner > 1 and not plain):
+            raise ShardingError(f"plan {self}: config.mesh cannot say it.")
+        sizes = {"tensor": self.tp, "sequence": self.cp, "fsdp": self.fsdp}
+        if plain or (self.ep == 1 and self.etp == self.tp):
+            sizes["expert"] = self.ep
+            sizes["data"] = self.dp // self.fsdp // self.ep
+        else:
+            sizes["data"] = self.dp // self.fsdp
+            sizes["experts.expert"] = self.ep
+        found = {name: size for name, size in sizes.items() if size > 1 or name == "data"}
+        return found if self.etp == self.tp else {**found, "experts.tensor": self.etp}
 
     def axes(self, group: str) -> tuple[str, ...]:
         """The mesh axes of tp, cp, fsdp, dp, etp, ep or edp, as a PartitionSpec or a collective takes them."""
@@ -183,15 +216,17 @@ class ParallelPlan:
         both = (
             " ".join(f"{name}{size}" for name, size in each.items() if size > 1) for each in (dense, experts)
         )
-        return " | ".join(each or "1" for each in both)
+        return " | ".join(each or "1" for each in both) + (" beyond" if self.inner > 1 else "")
 
 
-def every_plan(devices: int, *, fsdp: bool = False) -> Iterator[ParallelPlan]:
+def every_plan(devices: int, *, fsdp: bool = False, beyond: bool = False) -> Iterator[ParallelPlan]:
     """Every legal plan of so many devices without pipeline stages, each mesh once.
 
     Args:
       devices: W, at least 1.
       fsdp: also those in which part of dp, or all of it, shares parameters.
+      beyond: also those in which the experts lie among the devices of dp, and no nearer than fsdp: those without
+        folding that are not among the others.
     """
     seen: set[tuple[tuple[str, int], ...]] = set()
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
@@ -199,9 +234,13 @@ def every_plan(devices: int, *, fsdp: bool = False) -> Iterator[ParallelPlan]:
         if devices % (tp * cp) or devices % (etp * ep):
             continue
         dp = devices // (tp * cp)
-        for share in [size for size in divisors if dp % size == 0] if fsdp else [1]:
+        shares = [size for size in divisors if dp % size == 0] if fsdp else [1]
+        for share, far in itertools.product(shares, (False, True) if beyond else (False,)):
+            if far and (etp != tp or cp * share == 1):
+                continue
             try:
-                plan = ParallelPlan(tp=tp, cp=cp, dp=dp, ep=ep, etp=etp, fsdp=share)
+                inner = cp * share if far else 1
+                plan = ParallelPlan(tp=tp, cp=cp, dp=dp, ep=ep, etp=etp, fsdp=share, inner=inner)
             except ShardingError:
                 continue  # its break points do not nest
             if (key := tuple(plan.sizes.items())) not in seen:

@@ -19,6 +19,24 @@ def slices_of(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
+def far_axis(sizes: Mapping[str, int], slices: int) -> str | None:
+    """The axis of a mesh that reaches from slice to slice; None for one slice.
+
+    Raises:
+      ShardingError: there is none that can be shared out among them.
+    """
+    if slices == 1:
+        return None
+    for axis in FAR:
+        if sizes.get(axis, 1) % slices == 0:
+            return axis
+    shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    raise ShardingError(
+        f"mesh {shown} on {slices} slices: expected data or fsdp to be a multiple of {slices}, as one of them "
+        "reaches from slice to slice."
+    )
+
+
 def dealt_to_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Devices of several slices as an array with the axes of a mesh: one axis reaches from slice to slice.
 
@@ -33,13 +51,7 @@ def dealt_to_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
       ShardingError: neither axis can be shared out among the slices.
     """
     count = slices_of(devices)
-    far = next((axis for axis in FAR if sizes.get(axis, 1) % count == 0), None)
-    if far is None:
-        shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ShardingError(
-            f"mesh {shown} on {count} slices: expected data or fsdp to be a multiple of {count}, as one of them "
-            "reaches from slice to slice."
-        )
+    far = far_axis(sizes, count)
     outer = [count if axis == far else 1 for axis in sizes]
     inner = [size // count if axis == far else size for axis, size in sizes.items()]
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
