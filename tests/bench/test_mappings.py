@@ -35,7 +35,9 @@ def test_folding_beats_the_best_mapping_without_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", mappings.CASES, ids=lambda case: f"{case.topology}-{case.batch}-{case.length}")
+@pytest.mark.parametrize(
+    "case", mappings.CASES, ids=lambda case: f"{case.topology}-{case.batch}-{case.length}"
+)
 def test_the_record_is_what_the_search_says(case) -> None:
     said, found = recorded(case), mappings.row(case, ROOT)
     assert said["mappings"] == found["mappings"]

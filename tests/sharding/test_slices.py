@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokenlab.core.errors import ShardingError
-from tokenlab.sharding.slices import dealt_to_slices, slices_of
+from tokenlab.sharding.slices import Slices, dealt_to_slices, slices_of
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,17 @@ def test_what_cannot_be_shared_out() -> None:
 
 def test_devices_that_are_here_are_of_one_slice() -> None:
     assert slices_of(jax.devices()) == 1 and slices_of(CHIPS) == 2
+
+
+def test_what_is_typed():
+    assert (
+        Slices.parse("v5e:16x16*2") == Slices("v5e", (16, 16), 2)
+        and Slices.parse("v5e:16x16*2").devices == 512
+    )
+    assert (
+        Slices.parse("H100 SXM:8") == Slices("H100 SXM", (8,))
+        and Slices.parse("v5p:2x2x4*3").one == "v5p:2x2x4"
+    )
+    for text in ("here", "v5e:", "v5e:4x", "v5e:4x4*", "v5e:4x4*0", ":4x4", "v5e:4x-4", "v5e:4 x4"):
+        with pytest.raises(ShardingError, match=r"expected kind and shape, such as v5e:4x4, or v5e:16x16\*2"):
+            Slices.parse(text)

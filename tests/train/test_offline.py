@@ -114,7 +114,7 @@ def test_a_program_that_cannot_be_read_says_why(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "reason", "message"),
     [
-        ("v5e:2x2*0", "", "number >= 1 behind"),
+        ("v5e:2x2*0", "", "for two slices"),
         ("v5e:2x2", "INTERNAL: it holds /tmp/libtpu_lockfile", "remove that file"),
         ("v5e:3x3", "INVALID: no such thing", "INVALID: no such thing; expected kind and shape"),
     ],

@@ -13,6 +13,7 @@ from tokenlab.core.errors import ConfigError, CostError
 from tokenlab.cost import lookup
 from tokenlab.cost.mapping import Leaf, computed_with, step_bytes
 from tokenlab.sharding.plan import ParallelPlan
+from tokenlab.sharding.slices import Slices
 from tokenlab.train import search
 from tokenlab.train.config import default_config
 from tokenlab.train.scaling import leaves_of
@@ -140,15 +141,14 @@ def test_several_slices(file, tmp_path, capsys):
 
 def test_mistakes(file, capsys):
     assert cli.main(["compile", "--search", f"--config={file}", "--topology=here"]) == 2
-    assert "--search takes kind and shape, such as v5e:4x4" in capsys.readouterr().err
+    assert "expected kind and shape, such as v5e:4x4" in capsys.readouterr().err
     with pytest.raises(CostError, match="no bandwidth of its links"):
         search.rank(default_config(), 4, lookup("H100 PCIe"))
     with pytest.raises(CostError, match="TPU v6e: no bandwidth of the network of slices is stated"):
         search.rank(default_config(), 8, lookup("TPU v6e"), slices=2)
-    with pytest.raises(ConfigError, match="such as v5e:4x4"):
-        search.slices_of("v5e:4x4*0")
     with pytest.raises(CostError, match="no datasheet is known"):
-        search.slices_of("v5f:4x4")
+        search.chip_of(Slices("v5f", (4, 4)))
+    assert search.chip_of(Slices.parse("H100 SXM:8*16")).name == "H100 SXM"
     config = default_config()
     config.model.stack, config.batch_size = "block*2", 64
     with pytest.raises(

@@ -21,6 +21,7 @@ from typing import Any
 from tokenlab.bench.pods import FORMAT, updated
 from tokenlab.core import config as configs
 from tokenlab.core.errors import DataError, TokenLabError
+from tokenlab.sharding.slices import Slices
 from tokenlab.train import search
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import write_atomic
@@ -58,9 +59,9 @@ class Case:
         """All mappings, the best first."""
         config = configs.load(str(root / self.config))
         config.batch_size, config.data.length = self.batch, self.length
-        devices, chip, slices = search.slices_of(self.topology)
-        wanted = configs.to_dataclass(TrainConfig, config)
-        return search.rank(wanted, devices, chip, slices=slices, num_outputs=self.outputs)
+        asked, wanted = Slices.parse(self.topology), configs.to_dataclass(TrainConfig, config)
+        chip = search.chip_of(asked)
+        return search.rank(wanted, asked.devices, chip, slices=asked.count, num_outputs=self.outputs)
 
 
 CASES = (

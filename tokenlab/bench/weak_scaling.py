@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tokenlab.bench.pods import FORMAT, PAGE, PODS, Pod, compiled, updated
 from tokenlab.core import config as configs
 from tokenlab.core.errors import DataError, TokenLabError
 from tokenlab.cost import lookup, pretty
+from tokenlab.sharding.slices import Slices
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import write_atomic
 from tokenlab.train.scaling import Scaling
@@ -75,7 +75,7 @@ class Family:
         """What `checked` names, on the first of the meshes."""
         found = []
         for topology in self.checked:
-            chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+            chips = Slices.parse(topology).devices
             mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh(chips, self.most[0]).items())
             batch = f"--config.batch_size={self.each * chips}"
             found.append(Pod(self.title, self.config, topology, mesh, self.outputs, (batch,)))

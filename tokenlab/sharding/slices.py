@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,43 @@ from tokenlab.core.errors import ShardingError
 
 FAR = ("data", "fsdp")
 """Axes that may reach from slice to slice, the best first: along "data" only gradients are summed, once a step."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One slice or several: `Slices.parse("v5e:16x16*2")`.
+
+    Attributes:
+      kind: of the devices, "v5e" or "H100 SXM".
+      shape: devices along each axis of a slice's torus, or how many.
+      count: of slices.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Slices:
+        """Raises ShardingError for anything but kind, shape, and how many behind a *."""
+        kind, _, rest = text.partition(":")
+        shape, star, count = rest.partition("*")
+        parts = [*shape.split("x"), *([count] if star else [])]
+        if not kind or not all(part.isdecimal() and int(part) for part in parts):
+            raise ShardingError(
+                f"topology {text!r}: expected kind and shape, such as v5e:4x4, or v5e:16x16*2 for two slices."
+            )
+        return cls(kind, tuple(map(int, shape.split("x"))), int(count or 1))
+
+    @property
+    def one(self) -> str:
+        """The text of one of them."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def devices(self) -> int:
+        """Over all slices."""
+        return math.prod(self.shape) * self.count
 
 
 def slices_of(devices: Sequence[Any]) -> int:

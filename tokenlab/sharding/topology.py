@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from tokenlab.core.errors import ShardingError
+from tokenlab.sharding.slices import Slices
 
 # libtpu asks the cloud's metadata server who it is, and holds a lock so that two processes do not share one TPU. There
 # is no TPU here, so neither is wanted.
@@ -34,16 +35,12 @@ def topology(name: str) -> list[Any]:
     check_compiler(name)
     from jax.experimental import topologies
 
-    shape, star, count = name.partition("*")
-    if star and not (count.isdecimal() and int(count) >= 1):
-        raise ShardingError(
-            f"topology {name!r}: {count!r} slices; expected a number >= 1 behind the *, such as v5e:16x16*2."
-        )
-    more = {"num_slices": int(count)} if star and int(count) > 1 else {}
+    asked = Slices.parse(name)
+    more = {"num_slices": asked.count} if asked.count > 1 else {}
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **more)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=asked.one, **more)
     except Exception as error:  # whatever libtpu raises
         reason = str(error).strip().splitlines()[0]
         if "lockfile" in reason:

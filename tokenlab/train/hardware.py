@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from tokenlab.core.config import to_dataclass
 from tokenlab.core.errors import ConfigError, TokenLabError, suggest
 from tokenlab.core.patterns import fits
 from tokenlab.cost.hardware import HARDWARE
+from tokenlab.sharding.slices import Slices
 from tokenlab.train.config import HardwareRule, MeshConfig, TrainConfig, completed
 
 MAY_SET = (
@@ -138,9 +138,8 @@ def on(config: TrainConfig, devices: Sequence[Any] | None = None) -> tuple[Train
 
 def at(config: TrainConfig, topology: str) -> tuple[TrainConfig, Applied | None]:
     """`applied` for TPU slices by kind, shape and number, "v5e:16x16" or "v5e:16x16*2", which need not be there."""
-    kind, _, shape = topology.partition(":")
-    sizes = [int(size) for size in shape.replace("*", "x").split("x") if size.isdecimal()]
-    return applied(config, f"TPU {kind}", math.prod(sizes))
+    asked = Slices.parse(topology)
+    return applied(config, f"TPU {asked.kind}", asked.devices)
 
 
 def without_mesh(config: TrainConfig) -> TrainConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from tokenlab.cost import Roofline, lookup, pretty
 from tokenlab.cost.hardware import Hardware
 from tokenlab.cost.mapping import Sent
 from tokenlab.sharding.plan import ParallelPlan, every_plan
+from tokenlab.sharding.slices import Slices
 from tokenlab.train import hardware as hardware_rules
 from tokenlab.train.config import TrainConfig
 from tokenlab.train.records import write_atomic
@@ -136,30 +136,20 @@ def rank(
     )  # fmt: skip
 
 
-def slices_of(topology: str) -> tuple[int, Hardware, int]:
-    """How many devices, which, and in how many slices: of "v5e:16x16", "v5e:4x4*8" or "H100 SXM:8".
-
-    Raises: ConfigError for other text, CostError for a chip of which nothing is known.
-    """
-    kind, _, rest = topology.partition(":")
-    shape, star, slices = rest.partition("*")
-    parts = [*shape.split("x"), *([slices] if star else [])]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError(
-            f"compile: --topology={topology!r}: --search takes kind and shape, such as v5e:4x4 or v5e:4x4*8."
-        )
-    count = math.prod(map(int, parts))
+def chip_of(asked: Slices) -> Hardware:
+    """The datasheet of a kind of TPU, or of another device. Raises CostError where there is none."""
     try:
-        return count, lookup(f"TPU {kind}"), int(slices or 1)
+        return lookup(f"TPU {asked.kind}")
     except CostError:
-        return count, lookup(kind), int(slices or 1)
+        return lookup(asked.kind)
 
 
 def command(
     config: Any, name: str, topology: str, *, outputs: int | None = None, json_file: str | None = None
 ) -> int:
     """`tokenlab compile --search`: print the ranking, and write all of it as JSON; 3 when no mapping fits."""
-    devices, chip, slices = slices_of(topology)
+    asked = Slices.parse(topology)
+    chip, devices, slices = chip_of(asked), asked.devices, asked.count
     given = hardware_rules.without_mesh(to_dataclass(TrainConfig, config))
     given, rule = hardware_rules.applied(given, chip.name, devices)
     found = rank(given, devices, chip, slices=slices, num_outputs=outputs)
