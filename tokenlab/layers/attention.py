@@ -263,7 +263,15 @@ class Attention(nn.Module):
         with jax.named_scope("projections"):
             if self.modalities:
                 out = by_modality.project(
-                    self, mixed, modality, {"out": (width,)}, self.modalities, inputs=2, valid=valid, **how
+                    self,
+                    mixed,
+                    modality,
+                    {"out": (width,)},
+                    self.modalities,
+                    inputs=2,
+                    axes=("heads", "embed"),
+                    valid=valid,
+                    **how,
                 )["out"]
             else:
                 out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, name="out", **how)(mixed)

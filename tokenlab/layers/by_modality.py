@@ -71,6 +71,7 @@ def project(
     modalities: int,
     *,
     inputs: int = 1,
+    axes: tuple[str | None, str | None] = ("embed", "heads"),
     use_bias: bool = False,
     valid: Array | None = None,
     dtype: Any = jnp.float32,
@@ -87,6 +88,7 @@ def project(
       outputs: name -> trailing shape of what it gives.
       modalities: M.
       inputs: how many trailing axes of x are summed over.
+      axes: logical axes of what is summed over and of what is given, see `Attention.axes`.
       use_bias: add one.
       valid: [B, N] bool, False for padding, of which the modality does not matter.
       dtype: of computation and result.
@@ -115,7 +117,7 @@ def project(
         # The one example that parameters are made with cannot be split over a mesh.
         y = jnp.zeros((*x.shape[:2], sum(math.prod(shape) for shape in outputs.values())), dtype)
     else:
-        y = plan.run(Bank(kernels, groups, groups), rows)
+        y = plan.run(Bank(kernels, groups, groups, axes=dict.fromkeys(kernels, axes)), rows)
     found, start = {}, 0
     for name, shape in outputs.items():
         part = y[..., start : start + math.prod(shape)]

@@ -47,7 +47,8 @@ def bank(
         `grouped(params, rows, sizes, implementation=...)` runs on sorted rows by grouped products (`MLP`, `SwiGLU`);
         any other runs on them block by block. One that has a `part(ways)`, itself with a part of the units that its
         `axes` call "mlp", whose results add up, but for the parameters in `added`, which are to be added once, is run
-        by several devices with a part each; of any other the compiler splits what it can.
+        by several devices with a part each; of any other the compiler splits what it can. `rounded` of it names the
+        parameters that it casts to its `dtype` before anything else: devices send them in that.
       count: E, at least 1.
       width: D.
       same_init: all experts begin with the same weights (as the published Soft MoE configurations do).
@@ -113,7 +114,8 @@ def bank(
         params,
         jax.vmap(apply),
         groups,
-        axes=expert.axes() if parted else None,
+        axes=expert.axes() if hasattr(expert, "axes") else {},
+        dtypes=dict.fromkeys(expert.rounded, expert.dtype) if hasattr(expert, "rounded") else {},
         added=expert.added if parted else (),
         part=part if parted else None,
     )

@@ -212,13 +212,13 @@ class Sorted:
         given, padded = self._padded(x, -x.shape[1] % over.ways(over.tokens))
         rows = over.spec()
         local = jax.shard_map(
-            lambda params, x, own: self._local(bank, over.shares(bank, params), x, own, over),
+            lambda params, x, own: self._local(bank, over.own(bank, params), x, own, over),
             in_specs=(over.specs(bank), rows, jax.tree.map(lambda _: rows, padded)),
             out_specs=rows,
             axis_names=over.manual,
             check_vma=False,
         )
-        return local(bank.params, given, padded)[:, : x.shape[1]]
+        return local(over.sent(bank), given, padded)[:, : x.shape[1]]
 
     def _padded(self, x: Array, count: int) -> tuple[Array, Sorted]:
         """With so many tokens more in every example, which no expert computes."""

@@ -8,13 +8,16 @@ its role there (`tokenlab.sharding.axes`):
     data      other tokens
 
 Tokens that attention has whole along an axis of experts or data are split over it first: none is computed twice.
+
+Parameters that are split over data too (fsdp) are gathered just before they are used, in the dtype that they are used
+in; so the backward pass sums their gradients in that dtype, and leaves each device the part that it holds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,16 +37,19 @@ class Bank:
       params: tree of arrays, each [E, ...].
       buffers: (params, [E, B, C, D]) -> [E, B, C, D'].
       groups: (params, rows [M, D], sizes [E]) -> [M, D'].
-      axes: path of each parameter -> logical axes behind E, where an expert with a part of the units "mlp" gives a part
-        of the sum that is its result; None where it does not.
-      added: paths of the parameters that are added to that sum, once.
-      part: of a number w, `buffers` for experts with one w-th of their units; with `axes`.
+      axes: path of each parameter -> logical axes behind E, as far as they are known.
+      dtypes: path -> dtype, of parameters that are cast to it before anything else: they travel in it, and their
+        gradients are summed in it. All others travel as they are.
+      added: paths of the parameters that are to be added once, where results of parts are added up.
+      part: of a number w, `buffers` for experts with one w-th of the units that `axes` calls "mlp", whose results add
+        up; None where they do not.
     """
 
     params: Any
     buffers: Callable[[Any, Array], Array]
     groups: Callable[[Any, Array, Array], Array]
-    axes: Mapping[str, LogicalAxes] | None = None
+    axes: Mapping[str, LogicalAxes] = field(default_factory=dict)
+    dtypes: Mapping[str, Any] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     part: Callable[[int], Callable[[Any, Array], Array]] | None = None
 
@@ -56,6 +62,7 @@ class Spread:
       batch, tokens: axes over which examples, and tokens of an example or places of a buffer, are split on the way in.
       experts: axes along which experts lie.
       tensor: axes along which hidden units lie and that are handled here, not by the compiler.
+      embed: axes along which parameters lie that are gathered before they are used.
       sizes: devices along each.
     """
 
@@ -63,6 +70,7 @@ class Spread:
     tokens: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
     sizes: Mapping[str, int] | None = None
 
     def ways(self, axes: tuple[str, ...]) -> int:
@@ -77,7 +85,8 @@ class Spread:
     @property
     def manual(self) -> set[str]:
         """Axes that `shard_map` takes over: those used, and all where others split nothing (a smaller program)."""
-        mesh, own = get_abstract_mesh(), {*self.batch, *self.tokens, *self.experts, *self.tensor}
+        mesh = get_abstract_mesh()
+        own = {*self.batch, *self.tokens, *self.experts, *self.tensor, *self.embed}
         others = {axis for axis in mesh.axis_names if axis not in own}
         return own if any(mesh.shape[axis] > 1 for axis in others) else own | others
 
@@ -100,24 +109,47 @@ class Spread:
 
     def specs(self, bank: Bank) -> Any:
         """Of the bank's parameters: a tree like them."""
-        split, units = self.experts or None, self.tensor or None
 
         def spec(path: Any, leaf: Array) -> PartitionSpec:
-            axes = (bank.axes or {}).get(path_of(path), ()) if units else ()
-            return PartitionSpec(split, *(units if name == "mlp" else None for name in axes))
+            split = self.gathered(bank, path_of(path), leaf.shape)
+            parts = [self.tensor if name == "mlp" else () for name in bank.axes.get(path_of(path), ())]
+            if split is not None:
+                parts[split - 1] = self.embed
+            return PartitionSpec(self.experts or None, *(part or None for part in parts))
 
         return jax.tree_util.tree_map_with_path(spec, bank.params)
 
-    def shares(self, bank: Bank, params: Any) -> Any:
-        """Parameters of one device such that the results of devices along `tensor` add up: what is added, in parts."""
-        if not self.tensor:
-            return params
-        ways = self.ways(self.tensor)
+    def gathered(self, bank: Bank, path: str, shape: tuple[int, ...]) -> int | None:
+        """The dimension of a parameter [E, ...] that is split over `embed`; None where none is, or can be."""
+        axes = bank.axes.get(path, ())
+        if not self.embed or "embed" not in axes:
+            return None
+        found = 1 + axes.index("embed")
+        return None if shape[found] % self.ways(self.embed) else found
 
-        def share(path: Any, leaf: Array) -> Array:
-            return leaf / ways if path_of(path) in bank.added else leaf
+    def sent(self, bank: Bank) -> Any:
+        """The bank's parameters as they travel: cast before they are gathered, and before gradients are summed."""
 
-        return jax.tree_util.tree_map_with_path(share, params)
+        def cast(path: Any, leaf: Array) -> Array:
+            return leaf.astype(bank.dtypes.get(path_of(path), leaf.dtype))
+
+        return jax.tree_util.tree_map_with_path(cast, bank.params)
+
+    def own(self, bank: Bank, params: Any) -> Any:
+        """What one device computes with, of its parts of `sent`: whole along `embed`.
+
+        The results of devices along `tensor` are to add up: each has a part of what is added.
+        """
+
+        def one(path: Any, whole: Array, leaf: Array) -> Array:
+            split = self.gathered(bank, path_of(path), whole.shape)
+            if split is not None:
+                # Parts in front: in the last two dimensions the compiler for TPUs sums gradients whole, and cuts then.
+                parts = jnp.moveaxis(lax.all_gather(leaf, self.embed), 0, split)
+                leaf = parts.reshape(*leaf.shape[:split], -1, *leaf.shape[split + 1 :])
+            return leaf / self.ways(self.tensor) if self.tensor and path_of(path) in bank.added else leaf
+
+        return jax.tree_util.tree_map_with_path(one, bank.params, params)
 
     def join(self, x: Array, more: tuple[str, ...] = (), *, along: int = 0) -> Array:
         """x of one device, and behind it in one dimension those of all along `joined` and `more`."""
@@ -146,16 +178,18 @@ def spread(bank: Bank, *, everywhere: bool = False) -> Spread:
     batch, tokens = splitting("batch"), splitting("sequence")
     sizes = dict(mesh.shape)
     if everywhere:
-        return Spread(batch, tokens, sizes=sizes)
+        return Spread(batch, tokens, embed=splitting("embed") if bank.axes else (), sizes=sizes)
     experts, units = splitting("expert"), splitting("expert_mlp")
-    tensor = units if bank.axes is not None else ()
+    tensor = units if bank.part is not None else ()
     tokens += tuple(axis for axis in splitting("expert_sequence") if axis not in batch + tokens)
     mine = [axis for axis in units if axis not in tensor]  # the compiler's: it makes tokens whole along these
+    embed = splitting("expert_embed") if bank.axes else ()
     return Spread(
         tuple(axis for axis in batch if axis not in mine),
         tuple(axis for axis in tokens if axis not in mine),
         experts,
         tensor,
+        tuple(axis for axis in embed if axis not in (*experts, *units)),
         sizes,
     )
 
@@ -178,7 +212,7 @@ def through_experts(bank: Bank, buffers: Array, transport: str | None = None) ->
     if not over.experts and not over.joined:
         return lax.with_sharding_constraint(bank.buffers(bank.params, buffers), over.spec(None))
     ways = over.ways(over.experts)
-    compute = bank.part(over.ways(over.tensor)) if over.tensor and bank.part else bank.buffers
+    compute = bank.part(over.ways(over.tensor)) if over.tensor and bank.part is not None else bank.buffers
 
     def local(params: Any, buffers: Array) -> Array:
         experts, dtype = buffers.shape[0] // ways, buffers.dtype
@@ -187,7 +221,7 @@ def through_experts(bank: Bank, buffers: Array, transport: str | None = None) ->
         if ways > 1:  # [to, own experts, ...] -> [from, own experts, ...]
             x = lax.all_to_all(x.reshape(ways, experts, batch, places, -1), over.experts, 0, 0)
             x = jnp.moveaxis(x, 0, 1).reshape(experts, ways * batch, places, -1)
-        y = compute(over.shares(bank, params), x.astype(dtype))
+        y = compute(over.own(bank, params), x.astype(dtype))
         if ways > 1:
             back = y if transport is None else y.astype(transport)
             back = jnp.moveaxis(back.reshape(experts, ways, batch, places, -1), 1, 0)
@@ -201,7 +235,7 @@ def through_experts(bank: Bank, buffers: Array, transport: str | None = None) ->
         out_specs=over.spec(None),
         axis_names=over.manual,
         check_vma=False,
-    )(bank.params, buffers)
+    )(over.sent(bank), buffers)
 
 
 def places(bank: Bank) -> int:

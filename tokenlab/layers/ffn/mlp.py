@@ -33,6 +33,7 @@ class MLP(nn.Module):
 
     tokenwise: ClassVar[bool] = True
     added: ClassVar[tuple[str, ...]] = ("down/bias",)
+    rounded: ClassVar[tuple[str, ...]] = ("up/kernel", "down/kernel")  # biases too, but they are small
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "up/kernel": ("embed", "mlp"),
         "up/bias": ("mlp",),

@@ -27,6 +27,7 @@ class SwiGLU(nn.Module):
 
     tokenwise: ClassVar[bool] = True
     added: ClassVar[tuple[str, ...]] = ()
+    rounded: ClassVar[tuple[str, ...]] = ("gate/kernel", "up/kernel", "down/kernel")
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "gate/kernel": ("embed", "mlp"),
         "up/kernel": ("embed", "mlp"),
