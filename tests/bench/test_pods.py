@@ -50,7 +50,11 @@ def test_rules_of_configurations_have_the_time_of_the_record(name: str) -> None:
 REPORT = {
     "fits": True,
     "bytes_per_device": 10,
+    "devices": 16,
+    "mesh": {"fsdp": 2, "data": 2, "expert": 4},
+    "collectives": [{"kind": "all-reduce", "count": 3, "bytes": 3450}],
     "across_expert": [
+        {"kind": "all-reduce", "count": 2, "bytes": 3000, "largest": 3000},
         {"kind": "all-to-all", "count": 4, "bytes": 10, "largest": 10},
         {"kind": "all-gather", "count": 1, "bytes": 8, "largest": 8},
     ],
@@ -61,16 +65,23 @@ REPORT = {
     ("changes", "message"),
     [
         ({"fits": False}, "does not fit"),
-        ({"across_expert": None}, "not known"),
-        ({"across_expert": REPORT["across_expert"][1:]}, "no tokens are exchanged"),
+        ({"collectives": None, "across_expert": None}, "not known: expected the libtpu"),
+        ({"collectives": None, "collectives_unknown": "a loop without end"}, "not known: a loop without end"),
+        ({"across_expert": None}, "no axis of expert=4 has experts on it"),
+        ({"across_expert": [REPORT["across_expert"][-1]]}, "no tokens are exchanged"),
         (
-            {"across_expert": [REPORT["across_expert"][0], {"kind": "all-gather", "largest": 200}]},
+            {"across_expert": [REPORT["across_expert"][1], {"kind": "all-gather", "largest": 200}]},
             "all-gather of 200",
+        ),
+        # Of 8 kernels of 100 over 4 x 2 devices each holds 100; with 50 others 2 x 300 bytes go around 4 of them.
+        (
+            {"collectives": [{"kind": "all-reduce", "bytes": 3451}]},
+            "451 bytes .*100 weights .*50 others .*450 at",
         ),
     ],
 )
 def test_what_may_not_be_written(changes, message: str) -> None:
-    pod = pods.Pod("a model", "configs/none.py", "v5e:2x2", "expert=4", expert=100)
+    pod = pods.Pod("a model", "configs/none.py", "v5e:4x4", "expert=4", expert=100, kernels=8, others=50)
     pods.check(pod, REPORT)
     with pytest.raises(ShardingError, match=message):
         pods.check(pod, REPORT | changes)
@@ -87,8 +98,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
         asked.append(pod.title)
         if pod.topology == "v5p:8x8x8":
             raise TokenLabError("stopped")
-        across = REPORT["across_expert"] if pod.expert else None
-        return RECORD["pods"]["vit"] | {"command": " ".join(pod.command), "across_expert": across}
+        sent = {name: REPORT[name] for name in ("collectives", "across_expert")} if pod.expert else {}
+        return RECORD["pods"]["vit"] | {"command": " ".join(pod.command), **sent}
 
     monkeypatch.setattr(pods, "compiled", compiled)
     monkeypatch.setattr(pods, "asked", asked, raising=False)

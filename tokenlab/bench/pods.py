@@ -6,8 +6,8 @@ python -m tokenlab.bench.pods --again           compile all, also those that are
 python -m tokenlab.bench.pods --check           only say whether the table is the record's (exit status 1 when not)
 
 Run it in the root of a checkout where libtpu is installed. Every model is compiled in a process of its own and written
-as soon as it is there, so what is stopped goes on where it was. A model whose experts would be gathered is not written:
-that is an error.
+as soon as it is there, so what is stopped goes on where it was. A model whose experts would be gathered between devices
+of different experts, or whose gradients would be summed whole, is not written: that is an error.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Pod:
       outputs: logits, where the data does not say them.
       changes: further flags, `--config.key=value`.
       expert: elements of one expert's smallest kernel; None for a model without experts.
+      kernels: how many of about that size all layers have together.
+      others: elements of all kernels that are not experts', about.
     """
 
     title: str
@@ -55,6 +57,8 @@ class Pod:
     outputs: int | None = None
     changes: tuple[str, ...] = ()
     expert: int | None = None
+    kernels: int = 0
+    others: int = 0
 
     @property
     def command(self) -> list[str]:
@@ -70,6 +74,8 @@ PODS: Mapping[str, Pod] = {
         "v5e:16x16",
         "data=2,expert=128",
         expert=768 * 3072,
+        kernels=6 * 128 * 2,
+        others=59_000_000,
     ),
     "vit": Pod("ViT-L/16", "configs/vit.py:L/16", "v5e:8x8", "fsdp=64"),
     "jumbo": Pod("Jumbo base", "configs/jumbo.py:base", "v5e:4x4", "data=16"),
@@ -87,6 +93,8 @@ PODS: Mapping[str, Pod] = {
         "fsdp=128,expert=4",
         outputs=65_536,
         expert=2048 * 5461,
+        kernels=24 * 8 * 3,
+        others=772_000_000,
     ),
     "grin": Pod(
         "GRIN 16x3.8B, 4,096 tokens",
@@ -95,6 +103,8 @@ PODS: Mapping[str, Pod] = {
         "fsdp=32,expert=8",
         outputs=32_064,
         expert=4096 * 6400,
+        kernels=32 * 16 * 3,
+        others=1_608_000_000,
     ),
 }
 
@@ -103,15 +113,20 @@ def check(pod: Pod, report: Mapping[str, Any]) -> None:
     """Raise a ShardingError unless the program fits and, with experts, sends tokens to them and not them to tokens.
 
     An all-gather across the axes of experts may bring together counts and such; none may be as large as one expert's
-    smallest kernel in bfloat16.
+    smallest kernel in bfloat16. All-reduces between devices of the same experts, which is where experts' gradients are
+    summed, may send those of the experts that a device holds, in bfloat16, and once those of all other weights, which
+    the compiler may sum there first and elsewhere then. Whole experts of many devices are more.
     """
     where = f"{pod.title} on {pod.topology}"
     if not report["fits"]:
         raise ShardingError(f"{where} does not fit: {report['bytes_per_device']:,} bytes a device.")
     if pod.expert is None:
         return
+    if report["collectives"] is None:
+        why = report.get("collectives_unknown") or "expected the libtpu of jax[tpu]"
+        raise ShardingError(f"{where}: what devices send is not known: {why}.")
     if report["across_expert"] is None:
-        raise ShardingError(f"{where}: what devices send is not known; expected the libtpu of jax[tpu].")
+        raise ShardingError(f"{where}: no axis of {pod.mesh} has experts on it; give it expert=2 or more.")
     kinds = {each["kind"]: each for each in report["across_expert"]}
     if not {"all-to-all", "ragged-all-to-all"} & set(kinds):
         raise ShardingError(f"{where}: no tokens are exchanged along the axis of experts: {sorted(kinds)}.")
@@ -120,6 +135,17 @@ def check(pod: Pod, report: Mapping[str, Any]) -> None:
         raise ShardingError(
             f"{where}: an all-gather of {gathered:,} bytes crosses the axis of experts, where no more than counts "
             f"should; one expert's kernel has {pod.expert:,} elements."
+        )
+    ways, parts = (report["mesh"].get(axis, 1) for axis in ("expert", "fsdp"))
+    held, ring = pod.expert * pod.kernels // (ways * parts), report["devices"] // ways
+    allowed = 2 * 2 * (held + pod.others) * (ring - 1) // ring
+    everywhere = {each["kind"]: each["bytes"] for each in report["collectives"]}
+    summed = everywhere.get("all-reduce", 0) - kinds.get("all-reduce", {"bytes": 0})["bytes"]
+    if summed > allowed:
+        raise ShardingError(
+            f"{where}: all-reduces between devices of the same experts send {summed:,} bytes a device, where the "
+            f"{held:,} weights of experts that it holds and the {pod.others:,} others need {allowed:,} at most: "
+            "gradients of experts are summed whole."
         )
 
 
