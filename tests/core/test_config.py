@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -232,6 +233,21 @@ class TestLoad:
             configs.load(tmp_path / "no" / "folder.py:arg")
         with pytest.raises(ConfigError, match=r"expected FILE\.py or FILE\.py:ARGUMENT"):
             configs.load("quickstart")
+
+    def test_those_that_come_with_the_package_are_there_in_any_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert configs.load("configs/soft_moe.py:S/16").model.size == "S/16"
+        with pytest.raises(
+            ConfigError, match=r"quickstrat\.py' does not exist\. Did you mean 'quickstart\.py'\?"
+        ):
+            configs.load("configs/quickstrat.py")
+        own = tmp_path / "configs" / "soft_moe.py"
+        own.parent.mkdir()
+        own.write_text(
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'mine': 1})\n"
+        )
+        assert configs.load("configs/soft_moe.py").mine == 1
+        assert configs.locate("configs/soft_moe.py:arg") == (Path("configs/soft_moe.py"), "arg")
 
     def test_own_errors_pass(self, tmp_path):
         body = "from tokenlab.core.errors import StackError\ndef get_config():\n    raise StackError('a\\n  ^')\n"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 
 from tokenlab.core.errors import DataError, ShardingError, TokenLabError
 from tokenlab.cost import pretty
+from tokenlab.sharding.axes import of_experts
 from tokenlab.train.records import write_atomic
 
 FORMAT = 1
@@ -106,6 +108,16 @@ PODS: Mapping[str, Pod] = {
         kernels=32 * 16 * 3,
         others=1_608_000_000,
     ),
+    "grin_folded": Pod(
+        "GRIN, experts folded over heads and data",
+        "configs/grin.py",
+        "v5p:4x8x8",
+        "fsdp=16,fsdp_expert=8,tensor_expert=2",
+        outputs=32_064,
+        expert=4096 * 6400,
+        kernels=32 * 16 * 3,
+        others=1_608_000_000,
+    ),
 }
 
 
@@ -136,7 +148,9 @@ def check(pod: Pod, report: Mapping[str, Any]) -> None:
             f"{where}: an all-gather of {gathered:,} bytes crosses the axis of experts, where no more than counts "
             f"should; one expert's kernel has {pod.expert:,} elements."
         )
-    ways, parts = (report["mesh"].get(axis, 1) for axis in ("expert", "fsdp"))
+    over = of_experts(report["mesh"], "expert")
+    ways = math.prod(report["mesh"][axis] for axis in over)
+    parts = report["mesh"].get("fsdp", 1)  # in layers of experts its other axes are those of experts
     held, ring = pod.expert * pod.kernels // (ways * parts), report["devices"] // ways
     allowed = 2 * 2 * (held + pod.others) * (ring - 1) // ring
     everywhere = {each["kind"]: each["bytes"] for each in report["collectives"]}

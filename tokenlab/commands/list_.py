@@ -45,9 +45,14 @@ def _items() -> Rows:
 
 
 def _configs() -> Rows:
-    folder = Path("configs") if Path("configs").is_dir() else Path(__file__).parents[2] / "configs"
-    files = sorted(path for path in folder.glob("**/*.py") if not path.name.startswith("_"))
-    return [(str(path), names.summary(path)) for path in files if path.parent.name != "sharding"]
+    from tokenlab.core.config import shipped
+
+    found: dict[str, Path] = {}
+    for folder in (Path("configs"), shipped()):
+        for path in sorted(folder.glob("**/*.py")):
+            if not path.name.startswith("_") and path.parent.name != "sharding":
+                found.setdefault(str(Path("configs") / path.relative_to(folder)), path)
+    return [(name, names.summary(path)) for name, path in sorted(found.items())]
 
 
 def _recipes() -> Rows:

@@ -43,25 +43,51 @@ def load(spec: str | Path) -> ConfigDict:
     """The configuration of a Python file: what its `get_config()` returns.
 
     Args:
-      spec: path of the file, or "path.py:arg" to call `get_config("arg")`.
+      spec: path of the file, or "path.py:arg" to call `get_config("arg")`; see `locate`.
 
     Raises:
-      ConfigError: the file does not exist, defines no get_config, does not take (or needs) an argument,
+      ConfigError: what `locate` raises, or the file defines no get_config, does not take (or needs) an argument,
         returns something else than a ConfigDict, or raises: the message then says what and in which line. A
         TokenLabError that it raises is passed on.
+    """
+    path, arg = locate(spec)
+    config = call(path, "get_config", *(() if arg is None else (arg,)))
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config of {path} returns a {type(config).__name__}: expected a ConfigDict.")
+    return config
+
+
+def shipped() -> Path:
+    """The folder of the configurations that come with the package: inside it in a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def locate(spec: str | Path) -> tuple[Path, str | None]:
+    """The file of a configuration, and the argument that is given behind its name.
+
+    A path that begins with `configs/` and is not there is looked for among those that come with the package, so that
+    the commands of the documentation work in any folder.
+
+    Raises:
+      ConfigError: no such file, or no Python file.
     """
     file, has_arg, arg = str(spec).partition(".py:")
     path = Path(file + ".py" if has_arg else file)
     if path.suffix != ".py":
         raise ConfigError(f"config {str(spec)!r} is not a Python file: expected FILE.py or FILE.py:ARGUMENT.")
+    folder = path.parent
+    if not path.is_file() and path.parts[0] == "configs":
+        own = shipped().joinpath(*path.parts[1:])
+        if own.is_file():
+            path = own
+        elif not folder.is_dir():
+            folder = own.parent
     if not path.is_file():
-        others = [other.name for other in path.parent.glob("*.py")]
-        near = suggest(path.name, others) if others else f" There is no Python file in {str(path.parent)!r}."
+        others = [other.name for other in folder.glob("*.py")]
+        near = suggest(path.name, others) if others else f" There is no Python file in {str(folder)!r}."
         raise ConfigError(f"config file {str(path)!r} does not exist.{near}")
-    config = call(path, "get_config", *((arg,) if has_arg else ()))
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"get_config of {path} returns a {type(config).__name__}: expected a ConfigDict.")
-    return config
+    return path, arg if has_arg else None
 
 
 def call(path: Path, function: str, *args: Any) -> Any:

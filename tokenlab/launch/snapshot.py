@@ -29,6 +29,7 @@ from typing import Any
 
 from tokenlab import __version__
 from tokenlab.core.bucket import is_address
+from tokenlab.core.config import locate
 from tokenlab.core.errors import ConfigError
 from tokenlab.core.names import EXTRA_FOLDERS
 from tokenlab.sharding import recipes
@@ -68,7 +69,7 @@ def collect(config: str, changes: Mapping[str, str], workdir: str) -> Contents:
     Raises:
       ConfigError: a file cannot be read.
     """
-    recipe = Path(config.partition(".py:")[0] + ".py" if ".py:" in config else config)
+    recipe, _ = locate(config)
     variable = os.environ.get(EXTRA_FOLDERS["tokenlab.methods"], "")
     extras = [Path(text).expanduser() for text in variable.split(os.pathsep) if text]
     try:

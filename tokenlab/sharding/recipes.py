@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenlab.core.config import call
+from tokenlab.core.config import call, shipped
 from tokenlab.core.errors import ConfigError, suggest
 
 FOLDER = Path("configs/sharding")
-"""Of the recipes: beside the package, then in the folder that the program is started in."""
+"""Of the recipes: those that come with the package, then those of the folder that the program is started in."""
 
 
 def files() -> dict[str, Path]:
     """The recipes there are: name -> file."""
     found: dict[str, Path] = {}
-    for root in (Path(__file__).parents[2], Path()):
-        for path in sorted((root / FOLDER).glob("*.py")):
+    for folder in (shipped() / FOLDER.name, FOLDER):
+        for path in sorted(folder.glob("*.py")):
             if not path.name.startswith("_"):
                 found.setdefault(path.stem, path)
     return found
