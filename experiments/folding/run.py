@@ -223,8 +223,9 @@ def main() -> None:
     for name, losses, params in list(zip(found["plans"], curves, kept, strict=True))[1:]:
         apart = spread_of(curves[0], losses)
         parts = next((step for step, size in enumerate(apart) if size > APART), None)
-        said = found["plans"][name]["beside_the_first"] = {"largest_before": max(apart[:parts])}
-        print(f"{name:24} {max(apart[:parts]):.1e}" + (f" before step {parts}" if parts else ""), flush=True)
+        said = found["plans"][name]["beside_the_first"] = {"largest_before": max(apart[:parts], default=0.0)}
+        before = f"{said['largest_before']:.1e}" + ("" if parts is None else f" before step {parts}")
+        print(f"{name:24} {before}", flush=True)
         if parts is not None:
             said |= parting(parts, kept[0][parts], params[parts]) | {"largest": max(apart)}
             print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROWS = {each["command"]: each for each in mappings.read(ROOT / mappings.RECORD)[
 
 
 def recorded(case):
-    return ROWS[" ".join(case.command)]
+    return ROWS[shlex.join(case.command)]
 
 
 def test_the_page_shows_the_record(capsys) -> None:

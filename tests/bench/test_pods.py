@@ -61,6 +61,20 @@ REPORT = {
 }
 
 
+def test_where_attention_shares_the_axes_of_experts_its_tokens_are_gathered_and_experts_are_not() -> None:
+    sizes = {"expert": 100, "kernels": 8, "others": 50, "tokens": 100}
+    pod = pods.Pod("a model", "configs/none.py", "v5e:4x4", "expert=4", **sizes)
+    there = [each for each in REPORT["across_expert"] if each["kind"] != "all-gather"]
+    gather = {"kind": "all-gather", "count": 1, "bytes": 599, "largest": 400}
+    pods.check(pod, REPORT | {"across_expert": [*there, gather]})
+    for wrong, message in (
+        ({"largest": 401}, "counts and tokens"),
+        ({"bytes": 600}, "kernels would be 1,200"),
+    ):
+        with pytest.raises(ShardingError, match=message):
+            pods.check(pod, REPORT | {"across_expert": [*there, gather | wrong]})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -70,7 +84,12 @@ REPORT = {
         ({"across_expert": None}, "no axis of expert=4 has experts on it"),
         ({"across_expert": [REPORT["across_expert"][-1]]}, "no tokens are exchanged"),
         (
-            {"across_expert": [REPORT["across_expert"][1], {"kind": "all-gather", "largest": 200}]},
+            {
+                "across_expert": [
+                    REPORT["across_expert"][1],
+                    {"kind": "all-gather", "bytes": 200, "largest": 200},
+                ]
+            },
             "all-gather of 200",
         ),
         # Of 8 kernels of 100 over 4 x 2 devices each holds 100; with 50 others 2 x 300 bytes go around 4 of them.

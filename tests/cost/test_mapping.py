@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import pytest
 
-from tokenlab import Dropless
+from tokenlab import Dropless, SoftMoE
 from tokenlab.cost.mapping import BlockSizes, Leaf, Sent, activation_bytes, exchanged, step_bytes
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.sharding.constrain import constrain
@@ -26,9 +26,9 @@ PLANS = (
 )
 
 
-def travelled(plan):
+def travelled(plan, layer=None):
     """Numbers that a device sends in a layer of experts, forward, by kind of collective; tables of sizes left out."""
-    layer, mesh = Dropless(E, k=K, expert=SwiGLU(F)), plan.mesh()
+    layer, mesh = layer or Dropless(E, k=K, expert=SwiGLU(F)), plan.mesh()
     x = jax.random.normal(jax.random.key(1), (B, N, D))
     params = layer.init(jax.random.key(0), x)["params"]
 
@@ -60,6 +60,49 @@ def test_layers_of_experts_send_what_the_formula_says(plan):
     n = B * N // 8
     if plan.etp == 1:  # the published formula
         assert wanted["exchange"] == 2 * n * K * D * (plan.ep - 1) / plan.ep and wanted["join"] == 0
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ParallelPlan(dp=8, etp=2, ep=4),
+        pytest.param(ParallelPlan(tp=2, dp=4, etp=2, ep=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_layers_on_buffers_send_places(plan):
+    """Two for each token here; where devices share experts, places are joined or added up."""
+    layer = SoftMoE(E, slots=2 * N // E, expert=SwiGLU(F))
+    wanted, found = exchanged(plan.sizes, B * N, 2, D, buffers=True), travelled(plan, layer)
+    assert found["all-to-all"] == wanted["exchange"]
+    assert sum(found.values()) == pytest.approx(sum(wanted.values()))
+    tokens = exchanged(plan.sizes, B * N, 2, D)
+    assert wanted["join"] + wanted["add up"] == 2 * (tokens["join"] + tokens["add up"]) > 0
+
+
+def test_what_is_computed_again_is_sent_again_but_not_what_ends_a_block():
+    block = BlockSizes(tokens=16, width=8, heads=4, kv_heads=2, head_dim=2, hidden=32, choices=2)
+    for plan in (ParallelPlan(tp=4, dp=2, etp=2, ep=4), ParallelPlan(dp=8, etp=2, ep=4)):
+        for buffers in (False, True):
+            own = dataclasses.replace(block, buffers=buffers)
+            each = exchanged(plan.sizes, 4 * 16, 2, 8, buffers=buffers)
+            once, again = (
+                step_bytes(plan.sizes, [own], [], batch=4, itemsize=2, remat=remat).experts
+                for remat in ("none", "full")
+            )
+            more = each["exchange"] + (each["join"] + each["add up"] if buffers else each["join"] / 2)
+            assert once == 2 * 2 * sum(each.values()) and again - once == 2 * more
+
+
+def test_rules_of_ones_own_gather_and_sum_along_what_they_split():
+    """What is split over "data" too is gathered along it; experts that a rule leaves whole are summed along theirs."""
+    sizes = {"data": 2, "fsdp": 4}
+    found = step_bytes(sizes, [], [Leaf(640, ("fsdp", "data"))], batch=8, itemsize=1)
+    assert found.parameters == 2 * 640 * 7 / 8 and found.gradients == 640 * 7 / 8
+    far = step_bytes(sizes, [], [Leaf(640, ("fsdp", "data"))], batch=8, itemsize=1, slices=2)
+    assert far.far == 3 * 640 / 4 / 2 and far.parameters == 2 * 640 * 3 / 4
+    assert step_bytes({"expert": 4}, [], [Leaf(640, (), expert=True)], 8, 1).gradients == 2 * 640 * 3 / 4
+    assert step_bytes({"expert": 4}, [], [Leaf(640, ("expert",), expert=True)], 8, 1).gradients == 0
 
 
 def test_what_a_step_sends_by_hand():

@@ -95,3 +95,16 @@ def test_the_compiled_program_sums_no_whole_kernel():
     whole = E // 2 * D * F
     assert sizes["reduce-scatter"] == [whole // 4] * 3  # of the gate's, up's and down's
     assert max(sizes["all-reduce"]) < whole
+
+
+def test_what_is_summed_over_units_comes_back_without_a_sum():
+    """Two sums over devices that share heads and units: of results, and of the gradient of what came in."""
+    layer, more, params = made("dropless")
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 2, "expert": 2})):
+
+        def total(x, params):
+            return layer.apply({"params": params}, x, rngs={"ffn": KEY}, **more)[0].astype(jnp.float32).sum()
+
+        found = list(sent(jax.make_jaxpr(jax.grad(total))(X, params).jaxpr))
+    rows = X.size // 4  # of one device's tokens
+    assert len([kind for kind, size, _ in found if (kind, size) == ("psum", rows)]) == 2, found

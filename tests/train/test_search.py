@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tokenlab import cli
+from tokenlab.core.config import override, to_dataclass
 from tokenlab.core.errors import ConfigError, CostError
 from tokenlab.cost import lookup
 from tokenlab.cost.mapping import Leaf, computed_with, step_bytes
-from tokenlab.sharding.plan import ParallelPlan
+from tokenlab.sharding.plan import ParallelPlan, every_plan
 from tokenlab.sharding.slices import Slices
 from tokenlab.train import search
-from tokenlab.train.config import default_config
+from tokenlab.train.config import MeshConfig, TrainConfig, default_config
 from tokenlab.train.scaling import leaves_of
 
 CONFIG = """
@@ -59,8 +62,14 @@ def test_every_mapping_is_legal_and_the_best_come_first(ranked):
         8,
     }
     assert all(each["tp"] in (1, 2) for each in found)  # two heads
+    best = min(each["step_seconds_bound"] for each in found)
     keys = [
-        (not each["fits"], each["step_seconds_bound"], in_turn(each["seconds_by_resource"])) for each in found
+        (
+            not each["fits"],
+            round(math.log(each["step_seconds_bound"] / best) / math.log(1.01)),
+            in_turn(each["seconds_by_resource"]),
+        )
+        for each in found
     ]
     assert keys == sorted(keys)
     for each in found:
@@ -137,6 +146,20 @@ def test_several_slices(file, tmp_path, capsys):
     best = next(each for each in said["mappings"] if each["folded"])
     shown = " ".join(f"--config.mesh.{name}={size}" for name, size in best["settings"].items())
     assert shown in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_what_is_printed_makes_the_plan_whatever_the_configuration_says_of_the_mesh():
+    config = default_config()
+    config.mesh.recipe = "folded:2,4"
+    before = to_dataclass(TrainConfig, config).mesh
+    for plan in every_plan(8, fsdp=True, beyond=True):
+        words = shlex.split(search.typed(plan, before))
+        changes = dict(word.removeprefix("--config.").split("=", 1) for word in words)
+        config = default_config()
+        config.mesh.recipe = "folded:2,4"
+        made = to_dataclass(TrainConfig, override(config, changes)).mesh
+        assert dict(made.build().shape) == {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | plan.sizes, plan
+    assert search.typed(ParallelPlan(dp=8), MeshConfig()) == "--config.mesh.data=8"
 
 
 def test_mistakes(file, capsys):

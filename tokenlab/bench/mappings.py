@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ CASES = (
 def row(case: Case, root: Path = Path(".")) -> dict[str, Any]:
     """What the record says of a case."""
     found = case.ranked(root)
-    said: dict[str, Any] = {"command": " ".join(case.command), "mappings": len(found)}
+    said: dict[str, Any] = {"command": shlex.join(case.command), "mappings": len(found)}
     for what, folded in (("folded", True), ("unfolded", False)):
         best = next(each for each in found if each.plan.folded == folded)
         said[what] = {
@@ -102,7 +103,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---:|---:|---:|",
     ]
     for case in CASES:
-        said = next((each for each in rows if each["command"] == " ".join(case.command)), None)
+        said = next((each for each in rows if each["command"] == shlex.join(case.command)), None)
         if said is None:
             continue
         one, other = said["folded"], said["unfolded"]

@@ -50,6 +50,8 @@ class Pod:
       expert: elements of one expert's smallest kernel; None for a model without experts.
       kernels: how many of about that size all layers have together.
       others: elements of all kernels that are not experts', about.
+      tokens: elements of the tokens that one device attends to, where it shares axes of experts with others that attend
+        to them too: those are gathered along these axes, as are the other kernels.
     """
 
     title: str
@@ -61,6 +63,7 @@ class Pod:
     expert: int | None = None
     kernels: int = 0
     others: int = 0
+    tokens: int = 0
 
     @property
     def command(self) -> list[str]:
@@ -117,6 +120,7 @@ PODS: Mapping[str, Pod] = {
         expert=4096 * 6400,
         kernels=32 * 16 * 3,
         others=1_608_000_000,
+        tokens=1024 // 128 * 4096 * 4096,
     ),
 }
 
@@ -125,9 +129,11 @@ def check(pod: Pod, report: Mapping[str, Any]) -> None:
     """Raise a ShardingError unless the program fits and, with experts, sends tokens to them and not them to tokens.
 
     An all-gather across the axes of experts may bring together counts and such; none may be as large as one expert's
-    smallest kernel in bfloat16. All-reduces between devices of the same experts, which is where experts' gradients are
-    summed, may send those of the experts that a device holds, in bfloat16, and once those of all other weights, which
-    the compiler may sum there first and elsewhere then. Whole experts of many devices are more.
+    smallest kernel in bfloat16. Where attention shares these axes (`Pod.tokens`) its tokens and the other kernels are
+    gathered along them: none may be larger than those, and all together may not send what experts would. All-reduces
+    between devices of the same experts, which is where experts' gradients are summed, may send those of the experts
+    that a device holds, in bfloat16, and once those of all other weights, which the compiler may sum there first and
+    elsewhere then. Whole experts of many devices are more.
     """
     where = f"{pod.title} on {pod.topology}"
     if not report["fits"]:
@@ -142,15 +148,21 @@ def check(pod: Pod, report: Mapping[str, Any]) -> None:
     kinds = {each["kind"]: each for each in report["across_expert"]}
     if not {"all-to-all", "ragged-all-to-all"} & set(kinds):
         raise ShardingError(f"{where}: no tokens are exchanged along the axis of experts: {sorted(kinds)}.")
-    gathered = kinds.get("all-gather", {"largest": 0})["largest"]
-    if gathered >= 2 * pod.expert:
+    gathered = kinds.get("all-gather", {"largest": 0, "bytes": 0})
+    if gathered["largest"] >= max(2 * pod.expert, 4 * pod.tokens + 1):
         raise ShardingError(
-            f"{where}: an all-gather of {gathered:,} bytes crosses the axis of experts, where no more than counts "
-            f"should; one expert's kernel has {pod.expert:,} elements."
+            f"{where}: an all-gather of {gathered['largest']:,} bytes crosses the axis of experts, where no more than "
+            f"counts{' and tokens' if pod.tokens else ''} should; one expert's kernel has {pod.expert:,} elements."
         )
     over = of_experts(report["mesh"], "expert")
     ways = math.prod(report["mesh"][axis] for axis in over)
     parts = report["mesh"].get("fsdp", 1)  # in layers of experts its other axes are those of experts
+    once = 2 * pod.expert * pod.kernels * (ways - 1) // ways  # all experts' kernels in bfloat16
+    if pod.tokens and gathered["bytes"] >= once // 2:
+        raise ShardingError(
+            f"{where}: all-gathers across the axes of experts send {gathered['bytes']:,} bytes a device; the experts' "
+            f"kernels would be {once:,}, and tokens and other kernels are to be less than half of it."
+        )
     held, ring = pod.expert * pod.kernels // (ways * parts), report["devices"] // ways
     allowed = 2 * 2 * (held + pod.others) * (ring - 1) // ring
     everywhere = {each["kind"]: each["bytes"] for each in report["collectives"]}

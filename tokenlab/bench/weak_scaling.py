@@ -33,8 +33,8 @@ from tokenlab.train.scaling import Scaling
 RECORD = Path("benchmarks/pods/weak_scaling.json")
 PICTURE = Path("docs/images/weak-scaling.png")
 BEGIN, END = "<!-- weak-scaling:begin -->", "<!-- weak-scaling:end -->"
-HELD = ("vit", "soft_moe", "mod", "moma", "grin")
-"""Of `tokenlab.bench.pods.PODS`, those whose meshes have nothing but the axes of the formulas."""
+HELD = ("vit", "soft_moe", "mod", "moma", "grin", "grin_folded")
+"""Of `tokenlab.bench.pods.PODS`, those that the formulas are held against."""
 CHIPS = (16, 64, 256, 1024, 4096)
 
 

@@ -10,9 +10,12 @@ Layers of experts. With n tokens that enter one on a device, K choices each, wid
     join       2 n D (J - 1) / J           devices that share experts and not tokens: tokens gathered, results scattered
     add up     2 n D (T - 1) / T           devices that share experts and tokens: results summed
 
-and as much again backward. Where attention has the same tokens on s devices and a layer of experts splits them, they
-are gathered behind it: n' D (s - 1) / s, n' the tokens of attention. Liu et al. 2025 (arXiv 2504.14960) gather and
-scatter choices, not tokens, over ETP, 2 n K D (ETP - 1) behind an exchange of 1 / ETP as many; see docs/folding.md.
+and as much again backward. Layers that compute on buffers of places (`soft_moe`, `tokens_choice`, `experts_choice`,
+MoMa) join, add up and gather those, K D a token in place of D; what they send to fill them from examples that are
+split, along `sequence`, is not in the formulas. Where attention has the same tokens on s devices and a layer of
+experts splits them, they are gathered behind it: n' D (s - 1) / s, n' the tokens of attention. Liu et al. 2025 (arXiv
+2504.14960) gather and scatter choices, not tokens, over ETP, 2 n K D (ETP - 1) behind an exchange of 1 / ETP as many;
+see docs/folding.md.
 
 Parameters. Of W' numbers that a device computes with, f devices keep a part each and r keep the same part:
 
@@ -52,6 +55,7 @@ class BlockSizes:
       gated: whether that has a gate.
       choices: experts that each token is computed by, K; 0 for a dense layer.
       fed: tokens that its feed-forward layer gets; None for as many as come in.
+      buffers: whether experts compute on buffers of places and not on sorted rows.
     """
 
     tokens: int
@@ -63,6 +67,7 @@ class BlockSizes:
     gated: bool = False
     choices: float = 0.0
     fed: int | None = None
+    buffers: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ def ways(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def exchanged(sizes: Sizes, tokens: int, choices: float, width: int) -> dict[str, float]:
+def exchanged(
+    sizes: Sizes, tokens: int, choices: float, width: int, *, buffers: bool = False
+) -> dict[str, float]:
     """Numbers that a device sends forward in one layer of experts, by "exchange", "join", "add up" and "gather".
 
     Args:
@@ -125,8 +132,9 @@ def exchanged(sizes: Sizes, tokens: int, choices: float, width: int) -> dict[str
       tokens: over all devices.
       choices: K.
       width: D.
+      buffers: whether places are joined and added up, and not tokens.
     """
-    over = ways(sizes)
+    over, each = ways(sizes), choices if buffers else 1
     shared = of_experts(sizes, "tensor")
     joined = _size(sizes, (axis for axis in shared if ROLES[axis][0] != "tensor"))
     added = _size(sizes, (axis for axis in shared if ROLES[axis][0] == "tensor"))
@@ -135,9 +143,9 @@ def exchanged(sizes: Sizes, tokens: int, choices: float, width: int) -> dict[str
     attention = tokens / (over["dp"] * over["cp"])
     return {
         "exchange": 2 * n * choices * width * _ring(over["ep"]),
-        "join": 2 * n * width * _ring(joined),
-        "add up": 2 * n * width * _ring(added),
-        "gather": attention * width * _ring(parted),
+        "join": 2 * n * each * width * _ring(joined),
+        "add up": 2 * n * each * width * _ring(added),
+        "gather": attention * each * width * _ring(parted),
     }
 
 
@@ -161,7 +169,7 @@ def step_bytes(
       batch: examples over all devices.
       itemsize: bytes of a number in the dtype of computation.
       remat: of the model. What it computes again it sends again: keys, values and tokens for experts; with "full" also
-        the sums over heads, but not those that end a block, which nothing in it needs.
+        the sums over heads; but not what ends a block, which nothing in it needs.
       accumulate: microbatches; parameters are gathered, and gradients summed, for each.
       slices: over which one axis reaches (`tokenlab.sharding.slices`).
 
@@ -185,20 +193,22 @@ def step_bytes(
         keys = 2 * block.kv_heads * block.head_dim / min(over["tp"], block.kv_heads)
         sequence += passes * batch / over["dp"] * block.tokens * keys * _ring(over["cp"])
         if block.choices:
-            experts += passes * sum(exchanged(sizes, batch * fed, block.choices, block.width).values())
+            each = exchanged(sizes, batch * fed, block.choices, block.width, buffers=block.buffers)
+            experts += 2 * sum(each.values())
+            if remat != "none":
+                experts += each["exchange"] + each["join"] / (1 if block.buffers else 2)
+                experts += each["add up"] if block.buffers else 0
         else:
             behind = batch * fed / (over["dp"] * over["cp"])
             tensor += 2 * 2 * behind * block.width * _ring(over["tp"])
     for leaf in leaves:
         whole = leaf.size / _size(sizes, leaf.axes)  # what a device keeps
-        shared, of_slices = inside(_gathered(leaf))
+        shared, of_slices = inside(_gathered(leaf, sizes))
         used = whole * shared * of_slices
         parameters += 2 * used * _ring(shared)
         gradients += used * _ring(shared)
         away += 3 * used / shared * _ring(of_slices)
-        roles = {"data"} if leaf.expert else {"data", "fsdp", "sequence"}
-        rest = (a for a in sizes if a not in leaf.axes and ROLES[a][1 if leaf.expert else 0] in roles)
-        alike, of_slices = inside(rest)
+        alike, of_slices = inside(axis for axis in _apart(leaf, sizes) if axis not in leaf.axes)
         gradients += 2 * whole * _ring(alike)
         away += 2 * whole / alike * _ring(of_slices)
     each = (experts, tensor, sequence, accumulate * parameters, accumulate * gradients, accumulate * away)
@@ -235,13 +245,21 @@ def activation_bytes(
 
 def computed_with(leaf: Leaf, sizes: Sizes) -> float:
     """How much of a parameter a device computes with: its own part, and what fsdp gathers for it."""
-    return leaf.size / _size(sizes, leaf.axes) * _size(sizes, _gathered(leaf))
+    return leaf.size / _size(sizes, leaf.axes) * _size(sizes, _gathered(leaf, sizes))
 
 
-def _gathered(leaf: Leaf) -> tuple[str, ...]:
-    """Axes along which parts of a parameter are gathered before it is used; those of experts are not."""
-    axes = (axis for axis in leaf.axes if ROLES[axis][0] == "fsdp")
-    return tuple(axis for axis in axes if not leaf.expert or ROLES[axis][1] == "data")
+def _gathered(leaf: Leaf, sizes: Sizes) -> tuple[str, ...]:
+    """Axes along which parts of a parameter are gathered before it is used: devices have tokens of their own there."""
+    return tuple(axis for axis in leaf.axes if axis in _apart(leaf, sizes))
+
+
+def _apart(leaf: Leaf, sizes: Sizes) -> tuple[str, ...]:
+    """Axes along which devices use all of a parameter for tokens of their own, and sum its gradients."""
+    if not leaf.expert:
+        return tuple(axis for axis in sizes if ROLES[axis][0] in ("data", "fsdp", "sequence"))
+    # Along an axis of experts other experts are used, unless a rule leaves them whole there.
+    whole = () if any(ROLES[axis][1] == "expert" for axis in leaf.axes) else ("expert",)
+    return tuple(axis for axis in sizes if ROLES[axis][1] in ("data", *whole))
 
 
 def _size(sizes: Sizes, axes: Iterable[str]) -> int:

@@ -15,6 +15,7 @@ in; so the backward pass sums their gradients in that dtype, and leaves each dev
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class Spread:
     def add_up(self, y: Array, more: tuple[str, ...] = (), *, along: int = 0) -> Array:
         """The sum over `tensor` and `more`; of what `join` has put together each device gets its own part."""
         whole = tuple(axis for axis in self.tensor if axis not in self.joined)
-        y = lax.psum(y, whole) if whole else y
+        y = _sum_of(y, whole) if whole else y
         axes = self.joined + more
         return lax.psum_scatter(y, axes, scatter_dimension=along, tiled=True) if axes else y
 
@@ -242,3 +243,24 @@ def places(bank: Bank) -> int:
     """Devices that share the places of a buffer: so many must there be, or a multiple."""
     over = spread(bank)
     return over.ways(over.tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_of(y: Array, axes: tuple[str, ...]) -> Array:
+    """The sum over devices, whose results are used alike on all of them.
+
+    The transpose of `lax.psum` is another: what comes back is summed over devices that all have the same of it, an
+    equal part each. It is multiplied instead, and nothing is sent.
+    """
+    return lax.psum(y, axes)
+
+
+def _sum_forward(y: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
+    return lax.psum(y, axes), None
+
+
+def _sum_backward(axes: tuple[str, ...], _: None, cotangent: Array) -> tuple[Array]:
+    return (cotangent * lax.axis_size(axes),)
+
+
+_sum_of.defvjp(_sum_forward, _sum_backward)

@@ -85,6 +85,8 @@ class Scaling:
                     gated="gate" in first,
                     choices=float(layer.experts_per_token(step.fed)) if experts else 0.0,
                     fed=step.fed,
+                    buffers=experts
+                    and not hasattr(layer, "exchange"),  # which rows have, and buffers have not
                 )
             )
         return found
