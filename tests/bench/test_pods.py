@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tokenlab.bench import pods
+from tokenlab.bench import page, pods
 from tokenlab.core import config as configs
 from tokenlab.core.errors import DataError, ShardingError, TokenLabError
 from tokenlab.sharding.topology import pinned_libtpu
@@ -150,8 +150,11 @@ def test_what_is_no_record(tmp_path) -> None:
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             pods.read(file)
+    file.write_text("no marks")
     with pytest.raises(DataError, match="once each"):
-        pods.updated("no marks", "")
+        page.updated(file, "", pods.BEGIN, pods.END)
+    with pytest.raises(DataError, match="root of a checkout"):
+        page.updated(tmp_path / "none.md", "", pods.BEGIN, pods.END)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenlab.bench import pods, weak_scaling
+from tokenlab.bench import page, pods, weak_scaling
 from tokenlab.core import config as configs
 from tokenlab.core.errors import DataError, TokenLabError
 from tokenlab.cost import Roofline, lookup
@@ -90,13 +90,13 @@ def test_what_was_compiled_stays_when_the_next_one_fails(tmp_path, monkeypatch) 
     known = {name: " ".join(pods.PODS[name].command) for name in weak_scaling.HELD}
     reports = {name: {"command": command, "collectives": ["again"]} for name, command in known.items()}
     (tmp_path / pods.RECORD).parent.mkdir(parents=True)
-    (tmp_path / pods.RECORD).write_text(json.dumps({"format": pods.FORMAT, "pods": reports}))
+    (tmp_path / pods.RECORD).write_text(json.dumps({"format": page.FORMAT, "pods": reports}))
     before = [
         {"command": known["vit"], "compiled": ["old"]},
         {"command": names[-1], "compiled": ["last"]},
     ]
     with pytest.raises(TokenLabError, match="stopped"):
-        weak_scaling._made({"format": pods.FORMAT, "rows": [], "held": before}, tmp_path, compiling=True)
+        weak_scaling._made({"format": page.FORMAT, "rows": [], "held": before}, tmp_path, compiling=True)
     kept = {
         each["command"]: each["compiled"]
         for each in weak_scaling.read(tmp_path / weak_scaling.RECORD)["held"]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenlab.bench.pods import FORMAT, updated
+from tokenlab.bench import page
 from tokenlab.core import config as configs
-from tokenlab.core.errors import DataError, TokenLabError
+from tokenlab.core.errors import TokenLabError
 from tokenlab.sharding.slices import Slices
 from tokenlab.train import search
 from tokenlab.train.config import TrainConfig
@@ -128,19 +128,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read(file: Path) -> dict[str, Any]:
     """The record; an empty one where there is none. Raises DataError when it holds something else."""
-    if not file.exists():
-        return {"format": FORMAT, "rows": []}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}; expected what this command writes.") from error
-    if (
-        not isinstance(found, dict)
-        or found.get("format") != FORMAT
-        or not isinstance(found.get("rows"), list)
-    ):
-        raise DataError(f"{file} is no record of format {FORMAT}: expected what this command writes.")
-    return found
+    return page.read(file, {"rows": []})
 
 
 def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
@@ -151,8 +139,9 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
     given = parser.parse_args(argv)
     try:
-        if not (root / PAGE).is_file():
-            raise DataError(f"{(root / PAGE).absolute()} is not there; run this in the root of a checkout.")
+        page.updated(
+            root / PAGE, "", BEGIN, END
+        )  # what is wrong with the page is told before anything is made
         record = read(root / RECORD)
         if not given.check:
             rows = []
@@ -161,17 +150,17 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
                 rows.append(row(case, root))
             record["rows"] = rows
             write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
-        text = (root / PAGE).read_text(encoding="utf-8")
-        wanted = updated(text, table(record["rows"]), BEGIN, END)
-        if wanted != text and given.check:
-            print(f"{PAGE} is out of date: run python -m tokenlab.bench.mappings", file=sys.stderr)
-            return 1
-        if wanted != text:
-            write_atomic(root / PAGE, wanted)
+        return page.show(
+            root / PAGE,
+            table(record["rows"]),
+            BEGIN,
+            END,
+            check=given.check,
+            command="python -m tokenlab.bench.mappings",
+        )
     except TokenLabError as error:
         print(f"mappings: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

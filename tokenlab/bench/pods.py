@@ -25,12 +25,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tokenlab.core.errors import DataError, ShardingError, TokenLabError
+from tokenlab.bench import page
+from tokenlab.core.errors import ShardingError, TokenLabError
 from tokenlab.cost import pretty
 from tokenlab.sharding.axes import of_experts
 from tokenlab.train.records import write_atomic
 
-FORMAT = 1
 RECORD = Path("benchmarks/pods/slices.json")
 PAGE = Path("docs/scale.md")
 BEGIN, END = "<!-- pods:begin -->", "<!-- pods:end -->"
@@ -177,19 +177,7 @@ def check(pod: Pod, report: Mapping[str, Any]) -> None:
 
 def read(file: Path) -> dict[str, Any]:
     """The record; an empty one where there is none. Raises DataError when it holds something else."""
-    if not file.exists():
-        return {"format": FORMAT, "pods": {}}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}; expected what this command writes.") from error
-    if (
-        not isinstance(found, dict)
-        or found.get("format") != FORMAT
-        or not isinstance(found.get("pods"), dict)
-    ):
-        raise DataError(f"{file} is no record of format {FORMAT}: expected what this command writes.")
-    return found
+    return page.read(file, {"pods": {}})
 
 
 def compiled(pod: Pod) -> dict[str, Any]:
@@ -261,15 +249,6 @@ def _sent(kinds: Sequence[Mapping[str, Any]] | None) -> str:
     return ", ".join(f"{each['count']:,} {each['kind']} {pretty(each['bytes'])}B" for each in kinds)
 
 
-def updated(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:
-    """A page with the tables between its marks. Raises DataError unless they are there once each, in their order."""
-    before, first, rest = text.partition(begin)
-    _, last, after = rest.partition(end)
-    if not first or not last or begin in rest or end in after:
-        raise DataError(f"{PAGE}: expected {begin} and {end} once each, in this order.")
-    return f"{before}{begin}\n{tables}\n{end}{after}"
-
-
 def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
     """Run the command in the root of a checkout; returns the exit status: 0, 1 (not up to date) or 2 (a mistake)."""
     parser = argparse.ArgumentParser(
@@ -282,8 +261,9 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
     )
     given = parser.parse_args(argv)
     try:
-        if not (root / PAGE).is_file():
-            raise DataError(f"{(root / PAGE).absolute()} is not there; run this in the root of a checkout.")
+        page.updated(
+            root / PAGE, "", BEGIN, END
+        )  # what is wrong with the page is told before anything is made
         record = read(root / RECORD)
         for name, pod in {} if given.check else PODS.items():
             same = record["pods"].get(name, {}).get("command") == " ".join(pod.command)
@@ -298,17 +278,17 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
             }
             (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
-        text = (root / PAGE).read_text(encoding="utf-8")
-        wanted = updated(text, table(record["pods"]))
-        if wanted != text and given.check:
-            print(f"{PAGE} is out of date: run python -m tokenlab.bench.pods", file=sys.stderr)
-            return 1
-        if wanted != text:
-            write_atomic(root / PAGE, wanted)
+        return page.show(
+            root / PAGE,
+            table(record["pods"]),
+            BEGIN,
+            END,
+            check=given.check,
+            command="python -m tokenlab.bench.pods",
+        )
     except TokenLabError as error:
         print(f"pods: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

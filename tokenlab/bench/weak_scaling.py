@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenlab.bench import pods
-from tokenlab.bench.pods import FORMAT, PAGE, PODS, Pod, compiled, updated
+from tokenlab.bench import page, pods
+from tokenlab.bench.pods import PAGE, PODS, Pod, compiled
 from tokenlab.core import config as configs
-from tokenlab.core.errors import DataError, TokenLabError
+from tokenlab.core.errors import TokenLabError
 from tokenlab.cost import lookup, pretty
 from tokenlab.sharding.slices import Slices
 from tokenlab.train.config import TrainConfig
@@ -253,15 +253,7 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
 
 def read(file: Path) -> dict[str, Any]:
     """The record; an empty one where there is none. Raises DataError when it holds something else."""
-    if not file.exists():
-        return {"format": FORMAT, "rows": [], "held": []}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}; expected what this command writes.") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"rows", "held"} <= set(found):
-        raise DataError(f"{file} is no record of format {FORMAT}: expected what this command writes.")
-    return found
+    return page.read(file, {"rows": [], "held": []})
 
 
 def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
@@ -273,23 +265,24 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
     given = parser.parse_args(argv)
     try:
-        if not (root / PAGE).is_file():
-            raise DataError(f"{(root / PAGE).absolute()} is not there; run this in the root of a checkout.")
+        page.updated(
+            root / PAGE, "", BEGIN, END
+        )  # what is wrong with the page is told before anything is made
         record = read(root / RECORD)
         if not given.check:
             record = _made(record, root, compiling=given.compile)
             draw(record, root / PICTURE)
-        text = (root / PAGE).read_text(encoding="utf-8")
-        wanted = updated(text, table(record), BEGIN, END)
-        if wanted != text and given.check:
-            print(f"{PAGE} is out of date: run python -m tokenlab.bench.weak_scaling", file=sys.stderr)
-            return 1
-        if wanted != text:
-            write_atomic(root / PAGE, wanted)
+        return page.show(
+            root / PAGE,
+            table(record),
+            BEGIN,
+            END,
+            check=given.check,
+            command="python -m tokenlab.bench.weak_scaling",
+        )
     except TokenLabError as error:
         print(f"weak_scaling: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _made(record: dict[str, Any], root: Path, *, compiling: bool) -> dict[str, Any]:
