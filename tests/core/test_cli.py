@@ -241,6 +241,11 @@ class TestList:
         _, out, _ = run(capsys, "list", "configs")
         assert out.splitlines()[1:3] == ["  configs/deep/two.py", "  configs/one.py       One recipe."]
 
+    def test_configs_of_the_package_where_the_folder_has_none(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        _, out, _ = run(capsys, "list", "configs")
+        assert any(line.startswith("  configs/quickstart.py ") for line in out.splitlines())
+
     def test_an_unknown_section(self, capsys):
         expected = "tokenlab: error: list: there is no section 'item'. Did you mean 'items'?\n"
         assert run(capsys, "list", "item") == (2, "", expected)

@@ -47,12 +47,14 @@ def _items() -> Rows:
 def _configs() -> Rows:
     from tokenlab.core.config import shipped
 
-    found: dict[str, Path] = {}
-    for folder in (Path("configs"), shipped()):
-        for path in sorted(folder.glob("**/*.py")):
-            if not path.name.startswith("_") and path.parent.name != "sharding":
-                found.setdefault(str(Path("configs") / path.relative_to(folder)), path)
-    return [(name, names.summary(path)) for name, path in sorted(found.items())]
+    here = Path("configs")
+    folder = here if here.is_dir() else shipped()
+    files = sorted(path for path in folder.glob("**/*.py") if not path.name.startswith("_"))
+    return [
+        (str(here / path.relative_to(folder)), names.summary(path))
+        for path in files
+        if path.parent.name != "sharding"
+    ]
 
 
 def _recipes() -> Rows:
