@@ -21,7 +21,6 @@ from typing import Any
 
 from tokenlab.bench import page
 from tokenlab.core import config as configs
-from tokenlab.core.errors import TokenLabError
 from tokenlab.sharding.slices import Slices
 from tokenlab.train import search
 from tokenlab.train.config import TrainConfig
@@ -138,29 +137,19 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
     given = parser.parse_args(argv)
-    try:
-        page.updated(
-            root / PAGE, "", BEGIN, END
-        )  # what is wrong with the page is told before anything is made
+
+    def tables() -> str:
         record = read(root / RECORD)
         if not given.check:
-            rows = []
+            record["rows"] = []
             for case in CASES:
-                print(f"tokenlab {' '.join(case.command)}", flush=True)
-                rows.append(row(case, root))
-            record["rows"] = rows
+                print(f"tokenlab {shlex.join(case.command)}", flush=True)
+                record["rows"].append(row(case, root))
             write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
-        return page.show(
-            root / PAGE,
-            table(record["rows"]),
-            BEGIN,
-            END,
-            check=given.check,
-            command="python -m tokenlab.bench.mappings",
-        )
-    except TokenLabError as error:
-        print(f"mappings: error: {error}", file=sys.stderr)
-        return 2
+        return table(record["rows"])
+
+    command = "python -m tokenlab.bench.mappings"
+    return page.refresh(root / PAGE, BEGIN, END, tables, check=given.check, command=command)
 
 
 if __name__ == "__main__":

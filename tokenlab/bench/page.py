@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenlab.core.errors import DataError
+from tokenlab.core.errors import DataError, TokenLabError
 from tokenlab.train.records import write_atomic
 
 FORMAT = 1
@@ -52,13 +52,22 @@ def updated(page: Path, tables: str, begin: str, end: str) -> str:
     return f"{before}{begin}\n{tables}\n{end}{after}"
 
 
-def show(page: Path, tables: str, begin: str, end: str, *, check: bool, command: str) -> int:
-    """Writes the tables into the page; with `check` only says what is out of date. Returns the exit status, 0 or 1."""
-    wanted = updated(page, tables, begin, end)
-    if wanted == page.read_text(encoding="utf-8"):
-        return 0
-    if check:
-        print(f"{page} is out of date: run {command}", file=sys.stderr)
-        return 1
-    write_atomic(page, wanted)
+def refresh(page: Path, begin: str, end: str, tables: Callable[[], str], *, check: bool, command: str) -> int:
+    """Writes tables into a page; with `check` only says whether it is out of date.
+
+    What is wrong with the page is told before `tables` makes anything. Returns the exit status of a command: 0, 1 for
+    out of date, 2 for a mistake, which is told.
+    """
+    try:
+        updated(page, "", begin, end)
+        wanted = updated(page, tables(), begin, end)
+        if wanted == page.read_text(encoding="utf-8"):
+            return 0
+        if check:
+            print(f"{page} is out of date: run {command}", file=sys.stderr)
+            return 1
+        write_atomic(page, wanted)
+    except TokenLabError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 2
     return 0

@@ -260,10 +260,8 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
         "--check", action="store_true", help="compile and write nothing; exit with 1 when out of date"
     )
     given = parser.parse_args(argv)
-    try:
-        page.updated(
-            root / PAGE, "", BEGIN, END
-        )  # what is wrong with the page is told before anything is made
+
+    def tables() -> str:
         record = read(root / RECORD)
         for name, pod in {} if given.check else PODS.items():
             same = record["pods"].get(name, {}).get("command") == " ".join(pod.command)
@@ -278,17 +276,10 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
             }
             (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(root / RECORD, json.dumps(record, indent=1) + "\n")
-        return page.show(
-            root / PAGE,
-            table(record["pods"]),
-            BEGIN,
-            END,
-            check=given.check,
-            command="python -m tokenlab.bench.pods",
-        )
-    except TokenLabError as error:
-        print(f"pods: error: {error}", file=sys.stderr)
-        return 2
+        return table(record["pods"])
+
+    command = "python -m tokenlab.bench.pods"
+    return page.refresh(root / PAGE, BEGIN, END, tables, check=given.check, command=command)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from typing import Any
 from tokenlab.bench import page, pods
 from tokenlab.bench.pods import PAGE, PODS, Pod, compiled
 from tokenlab.core import config as configs
-from tokenlab.core.errors import TokenLabError
 from tokenlab.cost import lookup, pretty
 from tokenlab.sharding.slices import Slices
 from tokenlab.train.config import TrainConfig
@@ -264,25 +263,16 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> int:
     parser.add_argument("--compile", action="store_true", help="compile what the formulas are held against")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
     given = parser.parse_args(argv)
-    try:
-        page.updated(
-            root / PAGE, "", BEGIN, END
-        )  # what is wrong with the page is told before anything is made
+
+    def tables() -> str:
         record = read(root / RECORD)
         if not given.check:
             record = _made(record, root, compiling=given.compile)
             draw(record, root / PICTURE)
-        return page.show(
-            root / PAGE,
-            table(record),
-            BEGIN,
-            END,
-            check=given.check,
-            command="python -m tokenlab.bench.weak_scaling",
-        )
-    except TokenLabError as error:
-        print(f"weak_scaling: error: {error}", file=sys.stderr)
-        return 2
+        return table(record)
+
+    command = "python -m tokenlab.bench.weak_scaling"
+    return page.refresh(root / PAGE, BEGIN, END, tables, check=given.check, command=command)
 
 
 def _made(record: dict[str, Any], root: Path, *, compiling: bool) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Scaling:
         kept = activation_bytes(sizes, self.blocks, rows, self._itemsize, outputs=self._outputs, remat=remat)
         return state, kept
 
-    def fits(self, sizes: Mapping[str, int], batch: int) -> bool:
+    def divides(self, sizes: Mapping[str, int], batch: int) -> bool:
         """Whether the mesh divides the batch and the heads of attention."""
         over, rows = ways(sizes), batch // self.config.optimizer.accumulate
         return rows % over["dp"] == 0 and all(block.kv_heads % over["tp"] == 0 for block in self.blocks)

@@ -114,7 +114,7 @@ def rank(
     for plan in every_plan(devices, fsdp=True, beyond=True):
         if not has_experts and (plan.ep > 1 or plan.etp != plan.tp):
             continue
-        if not scaling.fits(plan.sizes, batch):
+        if not scaling.divides(plan.sizes, batch):
             continue
         try:
             if tokens < 16 * plan.cp * plan.tp:  # of fewer, padding would be much
