@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -199,10 +201,18 @@ def test_settings_make_the_plan(fsdp):
 
 def test_experts_beyond_an_example():
     """As without folding: devices that share an example have the same experts."""
-    plan = ParallelPlan(tp=2, cp=2, dp=4, ep=2, inner=2)
+    plan = ParallelPlan(tp=2, cp=2, dp=4, ep=2, beyond=True)
     assert plan.sizes == {"tensor": 2, "sequence": 2, "expert": 2, "data": 2} and not plan.folded
     assert ParallelPlan(tp=2, cp=2, dp=4, ep=2).folded and str(plan) == "tp2 cp2 dp4 | etp2 ep2 edp4 beyond"
-    with pytest.raises(ShardingError, match="inner 3 does not divide edp 4"):
-        ParallelPlan(tp=2, cp=2, dp=4, ep=2, inner=3)
+    for sizes in ({"tp": 2, "etp": 1}, {"fsdp": 4}, {"ep": 3, "dp": 6, "fsdp": 3}):
+        with pytest.raises(ShardingError, match="beyond needs etp = tp and ep x fsdp to divide dp; got etp"):
+            ParallelPlan(**{"dp": 4, "ep": 2, "beyond": True} | sizes)
     with pytest.raises(ShardingError, match="config.mesh cannot say it"):
-        _ = ParallelPlan(dp=8, ep=2, inner=2).settings
+        _ = ParallelPlan(dp=8, ep=2, pp=2).settings
+
+
+def test_every_plan_has_all_its_devices():
+    for plan in every_plan(16, fsdp=True, beyond=True):
+        assert math.prod(plan.sizes.values()) == plan.devices == 16
+        ep = math.prod(plan.sizes[axis] for axis in plan.axes("ep"))
+        assert (ep, math.prod(plan.sizes[axis] for axis in plan.axes("dp"))) == (plan.ep, plan.dp)

@@ -50,8 +50,8 @@ class ParallelPlan:
       ep: devices that share the experts.
       etp: devices that share the hidden units of every expert; None for as many as tp.
       fsdp: of the dp devices, those that share parameters too, the nearest; a divisor of dp.
-      inner: of the edp devices, those dealt out before ep: 1 where experts fold over the nearest devices; cp x fsdp
-        where they lie beyond those, among the other devices of dp, as without folding.
+      beyond: whether the experts lie on other devices of dp than those of fsdp, as without folding, and not on the
+        nearest; etp is then tp, and ep x fsdp a divisor of dp.
     """
 
     tp: int = 1
@@ -61,12 +61,12 @@ class ParallelPlan:
     ep: int = 1
     etp: int | None = None
     fsdp: int = 1
-    inner: int = 1
+    beyond: bool = False
 
     def __post_init__(self) -> None:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
-        for name in ("tp", "cp", "dp", "pp", "ep", "etp", "fsdp", "inner"):
+        for name in ("tp", "cp", "dp", "pp", "ep", "etp", "fsdp"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ShardingError(f"plan: {name} is {size!r}; expected a number of devices >= 1.")
@@ -80,9 +80,10 @@ class ParallelPlan:
                 f"plan: etp {self.etp} x ep {self.ep} does not divide the {inside} devices of tp {self.tp} x cp "
                 f"{self.cp} x dp {self.dp}; every stage needs whole sets of experts."
             )
-        if self.edp % self.inner:
+        if self.beyond and (self.etp != self.tp or self.dp % (self.fsdp * self.ep)):
             raise ShardingError(
-                f"plan: inner {self.inner} does not divide edp {self.edp}, of which it is a part."
+                f"plan: beyond needs etp = tp and ep x fsdp to divide dp; got etp {self.etp}, tp {self.tp}, "
+                f"ep {self.ep}, fsdp {self.fsdp}, dp {self.dp}."
             )
         _ = self.sizes
 
@@ -105,12 +106,8 @@ class ParallelPlan:
             ("fsdp", self.fsdp),
             ("data", self.dp // self.fsdp),
         ]
-        experts = [
-            ("tensor", self.etp),
-            ("data", self.inner),
-            ("expert", self.ep),
-            ("data", self.edp // self.inner),
-        ]
+        inner = self.cp * self.fsdp if self.beyond else 1
+        experts = [("tensor", self.etp), ("data", inner), ("expert", self.ep), ("data", self.edp // inner)]
         ends, expert_ends = _ends(dense), _ends(experts)
         found, before = {}, 1
         for point in sorted({end for _, end in ends} | {end for _, end in expert_ends}):
@@ -138,10 +135,11 @@ class ParallelPlan:
 
         Without folding devices are then dealt out in the order of `make_mesh`, experts to the nearest.
 
-        Raises: ShardingError for one that it has no words for: pipeline stages, or an `inner` of another size.
+        Raises: ShardingError for pipeline stages, which it has no words for.
         """
-        plain = not self.folded and self.inner == self.cp * self.fsdp
-        if self.pp > 1 or (self.inner > 1 and not plain):
+        # Without `mesh.experts` the experts lie on an axis of their own.
+        plain = not self.folded and (self.beyond or self.cp * self.fsdp == 1)
+        if self.pp > 1:
             raise ShardingError(f"plan {self}: config.mesh cannot say it.")
         sizes = {"tensor": self.tp, "sequence": self.cp, "fsdp": self.fsdp}
         if plain or (self.ep == 1 and self.etp == self.tp):
@@ -216,7 +214,7 @@ class ParallelPlan:
         both = (
             " ".join(f"{name}{size}" for name, size in each.items() if size > 1) for each in (dense, experts)
         )
-        return " | ".join(each or "1" for each in both) + (" beyond" if self.inner > 1 else "")
+        return " | ".join(each or "1" for each in both) + (" beyond" if self.beyond else "")
 
 
 def every_plan(devices: int, *, fsdp: bool = False, beyond: bool = False) -> Iterator[ParallelPlan]:
@@ -239,8 +237,7 @@ def every_plan(devices: int, *, fsdp: bool = False, beyond: bool = False) -> Ite
             if far and (etp != tp or cp * share == 1):
                 continue
             try:
-                inner = cp * share if far else 1
-                plan = ParallelPlan(tp=tp, cp=cp, dp=dp, ep=ep, etp=etp, fsdp=share, inner=inner)
+                plan = ParallelPlan(tp=tp, cp=cp, dp=dp, ep=ep, etp=etp, fsdp=share, beyond=far)
             except ShardingError:
                 continue  # its break points do not nest
             if (key := tuple(plan.sizes.items())) not in seen:
