@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -469,3 +472,38 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(two: Path) -
     with pytest.raises(CheckpointError, match="best='maximum'"):
         Checkpoints(two, keep=1, best="maximum")
     assert tree_of_files(two) == before
+
+
+def test_writes_that_end_after_the_failed_save_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orbax closes the loop at the first error; TensorStore tells it of the other writes, with a traceback for each."""
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda each: told.append(str(each.exc_value)))
+
+    def fail_with_one_under_way() -> None:
+        (failing, first), (late, second) = tensorstore.Promise.new(), tensorstore.Promise.new()
+        loop = asyncio.new_event_loop()
+        loop.call_soon(failing.set_exception, ValueError("denied"))
+
+        async def writes() -> None:
+            await asyncio.gather(first, second)
+
+        with pytest.raises(ValueError, match="denied"):
+            loop.run_until_complete(writes())
+        loop.close()
+        late.set_result(1)
+
+    fail_with_one_under_way()
+    assert told == ["Event loop is closed"]
+    for _ in range(2):
+        Checkpoints(tmp_path, keep=1).close()
+        fail_with_one_under_way()
+    assert told == ["Event loop is closed"]
+
+    class Faulty:
+        def __del__(self) -> None:
+            raise RuntimeError("Event loop is closed")
+
+    Faulty()
+    assert told == ["Event loop is closed"] * 2  # of anybody else it is told

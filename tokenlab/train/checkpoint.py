@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -371,9 +372,30 @@ class _NotFromOrbax(logging.Filter):
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
+class _NotTooLate:
+    """A hook for errors nobody can catch that drops one: of a write that ends after the save has failed.
+
+    At the first write that fails Orbax closes the event loop of the save; TensorStore tells the loop of each of the
+    others still, and prints a traceback for every one of them over the message that the user should see.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (unraisable.object is None and _says_loop_is_closed(unraisable.exc_value)):
+            self._hook(unraisable)
+
+
+def _says_loop_is_closed(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+
 _NOT_FROM_ORBAX = _NotFromOrbax()
 
 
 def _silence_orbax() -> None:
     """Orbax logs through the one logger of absl, whose level is not ours to set: its records are filtered."""
     logging.getLogger("absl").addFilter(_NOT_FROM_ORBAX)
+    if not isinstance(sys.unraisablehook, _NotTooLate):
+        sys.unraisablehook = _NotTooLate(sys.unraisablehook)
