@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,20 @@ def test_an_object_is_replaced_where_it_is_as_expected(gcs: FakeGcs) -> None:
     assert folder.objects()["x #?%"] == buckets.Object(1, second, hashlib.md5(b"2").hexdigest())
     folder.delete("x #?%", "nothing")
     assert (folder.read("x #?%"), folder.generation("x #?%"), folder.is_empty()) == (None, None, True)
+
+
+def test_what_is_refused_leaves_no_connection_open(gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        buckets, "_clients", {}
+    )  # a new one is collected with this test, and its connections told of
+    folder, answers = Bucket(ADDRESS), iter((404, 403, 401, 503))
+    gcs.faults = [lambda request: next(answers, None) if request.name.endswith("nothing") else None]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert folder.read("nothing") is None
+        for _ in range(2):
+            with pytest.raises(StorageError):
+                folder.read("nothing")
+        assert folder.read("nothing") is None  # after the 503
+        gc.collect()
+    assert [str(each.message) for each in told] == []

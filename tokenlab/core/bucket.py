@@ -223,8 +223,16 @@ def _client() -> Any:
                     f"{SCHEME} addresses need the package google-cloud-storage ({error}): install the extra gcs, "
                     "`pip install 'tokenlab-jax[gcs]'`."
                 ) from None
-            _clients[server] = storage.Client(project=None)
+            client = storage.Client(project=None)
+            client._http.hooks["response"].append(_read_what_was_refused)
+            _clients[server] = client
         return _clients[server]
+
+
+def _read_what_was_refused(response: Any, *args: Any, **options: Any) -> None:
+    """Google's downloads leave the body of an error unread, and its connection open until it is collected."""
+    if response.status_code >= 400:
+        _ = response.content
 
 
 def _retry() -> Any:
