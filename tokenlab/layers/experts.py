@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import get_abstract_mesh
 
-from tokenlab.core.errors import ConfigError, ShapeError
+from tokenlab.core.errors import ConfigError, ShapeError, suggest
 from tokenlab.layers.context import Aux
 from tokenlab.layers.ffn import FFNDefaults
 from tokenlab.layers.ffn.mlp import MLP
@@ -24,6 +24,7 @@ from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.ops import grouped
 from tokenlab.ops.spread import Bank
 from tokenlab.sharding.constrain import constrain
+from tokenlab.sharding.rules import path_of
 
 Axes = Mapping[str, tuple[str | None, ...]]
 
@@ -56,7 +57,7 @@ def bank(
       implementation: of the grouped products.
 
     Raises: ConfigError for count < 1, or an expert that is no Linen module, gives back more than an array, draws at
-      random, or keeps more than parameters.
+      random, keeps more than parameters, or calls a parameter rounded or added that it has not.
     """
     if count < 1:
         raise ConfigError(f"num_experts must be at least 1; got {count}.")
@@ -85,6 +86,8 @@ def bank(
         return jax.vmap(one)(jax.random.split(key, count))
 
     params = owner.param(name, init)
+    for said in ("rounded", "added"):
+        _check_paths(expert, said, params)
 
     def apply(params: Any, rows: Array, expert: nn.Module = expert) -> Array:
         try:
@@ -119,6 +122,16 @@ def bank(
         added=expert.added if parted else (),
         part=part if parted else None,
     )
+
+
+def _check_paths(expert: nn.Module, said: str, params: Any) -> None:
+    """Refuse a misspelt path: it would change nothing but what devices send, or what is added twice."""
+    known = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for path in getattr(expert, said, ()):
+        if path not in known:
+            raise ConfigError(
+                f"{type(expert).__name__}.{said} names {path!r}, which is no parameter of it.{suggest(path, known)}"
+            )
 
 
 def axes_of(expert: nn.Module, name: str = "experts") -> Axes:

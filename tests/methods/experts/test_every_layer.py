@@ -324,6 +324,12 @@ class Drawing(nn.Module):
         return nn.Dropout(0.5, deterministic=not train)(nn.Dense(x.shape[-1])(x))
 
 
+class Misspelt(MLP):
+    """Says of a parameter that it has not how it is sent."""
+
+    rounded = ("up/kernel", "down/kernels")
+
+
 @each_layer
 def test_an_expert_that_draws_is_refused_in_training(name, x):
     layer = LAYERS[name].clone(expert=Drawing())
@@ -338,6 +344,7 @@ def test_an_expert_that_draws_is_refused_in_training(name, x):
     ("change", "error", "says"),
     [
         ({"expert": nn.BatchNorm(True)}, ConfigError, "parameters alone; BatchNorm keeps batch_stats too"),
+        ({"expert": Misspelt(8)}, ConfigError, "rounded names 'down/kernels', .* Did you mean 'down/kernel'"),
         ({"expert": nn.Dense}, ConfigError, "an expert is a Linen module, such as nn.Dense"),
         ({"num_experts": 0}, TokenLabError, "at least 1; got 0"),
         ({"num_experts": -2}, TokenLabError, "at least 1; got -2"),
@@ -345,7 +352,7 @@ def test_an_expert_that_draws_is_refused_in_training(name, x):
         ({"expert": Wider()}, ShapeError, r"experts take and give \[B, N, D\]"),
         ({"expert": SoftMoE(2, slots=1)}, ConfigError, "router of its own cannot be an expert"),
     ],
-    ids=["statistics", "class", "none", "negative", "shared", "width", "nested"],
+    ids=["statistics", "misspelt", "class", "none", "negative", "shared", "width", "nested"],
 )
 def test_settings_out_of_range(name, change, error, says, x):
     layer = LAYERS[name].clone(**change)
