@@ -66,6 +66,21 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"the tests need {NUM_DEVICES} CPU devices, jax shows {jax.devices()}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as slow what is marked `quick` for other parameters alone."""
+    not_there: dict[str, set[str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("quick")
+        if mark is not None:
+            not_there.setdefault(item.nodeid.partition("[")[0], set(mark.args)).discard(item.callspec.id)
+            if item.callspec.id not in mark.args:
+                item.add_marker(pytest.mark.slow)
+    wrong = [f"{test} has no parameters {ids}" for test, ids in not_there.items() if ids]
+    if wrong and not any("::" in asked for asked in config.args):
+        raise pytest.UsageError(f"marked quick, but {'; '.join(wrong)}")
+
+
 def _is_optimised(item: pytest.Item) -> bool:
     """Whether XLA optimises the machine code of what this test compiles."""
     if item.get_closest_marker("exact"):

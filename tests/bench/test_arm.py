@@ -99,6 +99,7 @@ def test_each_way_is_prepared_and_told(setting) -> None:
     assert len(notes) == 2 and "block*2 (inference, scan): compiled in" in notes[0]
 
 
+@pytest.mark.slow
 def test_rows_over_several_devices(setting) -> None:
     from tokenlab.sharding.mesh import make_mesh
 

@@ -72,6 +72,9 @@ def test_there_are_configs() -> None:
     assert FOLDER / "quickstart.py" in FILES
 
 
+@pytest.mark.quick(
+    "quickstart", "clothing", "encoder_lm", "jumbo", "lm_quickstart", "mae", "moma", "soft_moe"
+)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_config_builds(file: Path, tmp_path: Path) -> None:
     config = configs.load(file)
@@ -86,8 +89,11 @@ def test_a_config_builds(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    # One reads all of Fashion-MNIST.
-    [pytest.param(file, marks=pytest.mark.slow if file.stem == "moma" else ()) for file in COMPARISONS],
+    # One reads all of Fashion-MNIST, one trains a tokenizer.
+    [
+        pytest.param(file, marks=pytest.mark.slow if file.stem in ("moma", "sctd") else ())
+        for file in COMPARISONS
+    ],
     ids=lambda file: file.stem,
 )
 def test_a_comparison_builds(file: Path, tmp_path: Path) -> None:

@@ -60,9 +60,13 @@ def check(model, params, images, logits, cotangent, grads, config, execution, de
         np.testing.assert_allclose(value, grads[name], atol=1e-4, rtol=1e-3, err_msg=name)
 
 
-def points(model, state, images):
-    images = jnp.asarray(images.transpose(0, 2, 3, 1))
-    return model.apply(state, {"image": images}, record=True).trace
+def recorded(model, state, images):
+    """The tokens at each recorded point."""
+
+    def run(state, images):
+        return [point.tokens for point in model.apply(state, {"image": images}, record=True).trace]
+
+    return jax.jit(run)(state, jnp.asarray(images.transpose(0, 2, 3, 1)))
 
 
 @pytest.mark.parametrize("execution", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
@@ -87,8 +91,8 @@ def test_evit_model(variant, execution):
     )
     assert model.program.after == arrays[f"{variant}/mid/block3"].shape[1]
     # The same patches are kept at the first reduction (the authors list them by score, without CLS).
-    first = points(model, to_state(params, config["num_heads"]), arrays["inputs/images"])[0]
-    kept = np.asarray(first.tokens.position)[:, 1 : 1 + arrays[f"{variant}/mid/keep_index1"].shape[1]] - 1
+    first = recorded(model, to_state(params, config["num_heads"]), arrays["inputs/images"])[0]
+    kept = np.asarray(first.position)[:, 1 : 1 + arrays[f"{variant}/mid/keep_index1"].shape[1]] - 1
     np.testing.assert_array_equal(kept, np.sort(arrays[f"{variant}/mid/keep_index1"], axis=1))
 
 
@@ -108,10 +112,10 @@ def test_tome_model(execution):
         execution,
         config["depth"],
     )
-    last = points(model, to_state(params, config["num_heads"]), arrays["model/inputs/images"])[-1]
-    sizes = np.sort(np.asarray(last.tokens.size), axis=1)
+    last = recorded(model, to_state(params, config["num_heads"]), arrays["model/inputs/images"])[-1]
+    sizes = np.sort(np.asarray(last.size), axis=1)
     np.testing.assert_array_equal(sizes, np.sort(arrays["model/mid/size"][..., 0], axis=1))
     # The same inputs went together: compare the groups as sets of positions.
-    for owner, source in zip(np.asarray(last.tokens.owner), arrays["model/mid/source"], strict=True):
+    for owner, source in zip(np.asarray(last.owner), arrays["model/mid/source"], strict=True):
         ours = {frozenset(np.flatnonzero(owner == token)) for token in range(source.shape[0])}
         assert ours == {frozenset(np.flatnonzero(row)) for row in source}

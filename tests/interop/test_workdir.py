@@ -115,6 +115,7 @@ def numbers(folder, classes=7):
     return {**changes, "eval.split": "test", "batch_size": 8, "eval.batch_size": 8}
 
 
+@pytest.mark.quick("timm", "timm_mean")
 @pytest.mark.parametrize("name", ["hf_vit", "timm", "timm_mean"])
 def test_logits_through_the_workdir_are_those_of_pytorch(name, tmp_path):
     given = golden(name)

@@ -75,23 +75,16 @@ def outcome(name, execution):
     return quick(both)(decoders.weights(model), decoders.ids(B, N))
 
 
-LOOPED = (
-    "dense",
-    "mod",
-    "mod in mod",
-)  # in the quick tests as loops too; compiling is nearly all of the time
-
-
-@pytest.mark.parametrize(
-    ("name", "execution"),
-    [
-        pytest.param(
-            name, execution, marks=pytest.mark.slow if execution == "scan" and name not in LOOPED else ()
-        )
-        for name in CASES
-        for execution in ("scan", "unroll")
-    ],
+@pytest.mark.quick(  # compiling is nearly all of the time
+    "dense-scan",
+    "grouped heads, qk-norm, tied-unroll",
+    "dropless-unroll",
+    "mod-scan",
+    "mod in mod-unroll",
+    "mod without room-unroll",
 )
+@pytest.mark.parametrize("execution", ["scan", "unroll"])
+@pytest.mark.parametrize("name", CASES)
 def test_prompts_and_steps_give_the_logits_of_the_whole_sequence(name, execution):
     """Prompts of 10, 3 and 7 tokens in one batch, then 14 steps; what routes lets some tokens in and others not."""
     whole, found, _, metrics = outcome(name, execution)

@@ -98,6 +98,7 @@ def test_rematerialisation(stack, execution):
     assert counted.recomputed == again and counted.model_flops == plain
 
 
+@pytest.mark.quick("block*12", "block*2 + skip(keep=0.5)(block*8) + block*2")
 @pytest.mark.parametrize("stack", BY_HAND)
 def test_xla_agrees(stack):
     """Unrolled, without rematerialisation; XLA counts elementwise work too, so ours is added."""

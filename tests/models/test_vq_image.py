@@ -174,6 +174,7 @@ def test_counted_cost_is_that_of_the_convolutions() -> None:
     assert table.total.parameters == parameters and rows["encoder"].tokens == h * w
 
 
+@pytest.mark.slow
 def test_seconds_of_training_leave_a_fraction_of_the_variance() -> None:
     """Digits, 2x2 codes of 64, one device."""
     source, steps, rows = data.build({"name": "digits"}), 60, 64

@@ -216,11 +216,11 @@ def test_no_row_is_lost_or_computed_twice(plan):
 @pytest.mark.parametrize("name", ["dropless", "tokens_choice"])
 def test_experts_and_batches_that_do_not_divide_are_refused(name):
     layer = LAYERS[name].clone(num_experts=6)
-    params = layer.init({"params": KEY, "ffn": KEY}, X)["params"]
+    params = jax.eval_shape(layer.init, {"params": KEY, "ffn": KEY}, X)["params"]
 
     def run(x, plan):
         with jax.set_mesh(plan.mesh()):
-            jax.eval_shape(lambda x: layer.apply({"params": params}, x), x)
+            jax.eval_shape(lambda params, x: layer.apply({"params": params}, x), params, x)
 
     with pytest.raises(
         TokenLabError, match=r"6 experts cannot be split over mesh expert=2 x tensor_expert=2"

@@ -333,10 +333,11 @@ class Misspelt(MLP):
 @each_layer
 def test_an_expert_that_draws_is_refused_in_training(name, x):
     layer = LAYERS[name].clone(expert=Drawing())
-    params = layer.init({"params": jax.random.key(0), **RNGS}, x)
-    layer.apply(params, x)
+    params = jax.eval_shape(layer.init, {"params": jax.random.key(0), **RNGS}, x)
+    jax.eval_shape(layer.apply, params, x)
     with pytest.raises(ConfigError, match="experts get no rng, and Drawing draws at random"):
-        layer.apply(params, x, train=True, rngs={**RNGS, "dropout": jax.random.key(1)})
+        train = partial(layer.apply, train=True, rngs={**RNGS, "dropout": jax.random.key(1)})
+        jax.eval_shape(train, params, x)
 
 
 @each_layer
