@@ -27,11 +27,15 @@ def test_warnings_are_errors() -> None:
         warnings.warn("not listed in pyproject.toml", UserWarning, stacklevel=1)
 
 
-def test_a_skip_for_want_of_devices_fails(pytester: pytest.Pytester) -> None:
-    # The same hooks, without the environment: jax is imported here already.
+@pytest.fixture
+def hooks(pytester: pytest.Pytester) -> None:
+    """The same hooks, without the environment: jax is imported here already."""
     source = HOOKS.read_text().replace("\n_prepare_environment()\n", "\n")
     assert source != HOOKS.read_text()
     pytester.makeconftest(source)
+
+
+def test_a_skip_for_want_of_devices_fails(hooks: None, pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_inner="""
         import pytest
@@ -54,3 +58,32 @@ def test_a_skip_for_want_of_devices_fails(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_inprocess("-p", "no:xdist", "--continue-on-collection-errors")
     result.assert_outcomes(failed=1, skipped=1, errors=2)
     result.stdout.fnmatch_lines(["*skip for want of devices is a failure*needs 16 devices*"])
+
+
+def test_what_is_quick_for_some_parameters_is_slow_for_the_others(
+    hooks: None, pytester: pytest.Pytester
+) -> None:
+    pytester.makeini("[pytest]\nmarkers =\n  slow\n  quick\n  exact")
+    pytester.makepyfile(
+        test_inner="""
+        import pytest
+
+        @pytest.mark.quick("a-1", "b-2")
+        @pytest.mark.parametrize("number", [1, 2])
+        @pytest.mark.parametrize("letter", ["a", "b"])
+        def test_letter(letter, number):
+            pass
+
+        def test_without():
+            pass
+        """
+    )
+    plain = ("-p", "no:xdist")
+    pytester.runpytest_inprocess(*plain, "-m", "not slow").assert_outcomes(passed=3, deselected=2)
+    pytester.runpytest_inprocess(*plain, "-m", "slow").assert_outcomes(passed=2, deselected=3)
+    pytester.runpytest_inprocess(*plain, "test_inner.py::test_letter[b-2]").assert_outcomes(passed=1)
+    path = pytester.path / "test_inner.py"
+    path.write_text(path.read_text().replace("b-2", "b-3"))
+    result = pytester.runpytest_inprocess(*plain)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*marked quick, but *test_letter has no parameters {'b-3'}"])
