@@ -29,13 +29,13 @@ test: env ## the quick tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not exact" $(PYTEST_ARGS)
 
 test-slow: env ## the slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not exact" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow and not exact" $(PYTEST_ARGS)
 
 # The quick tests compile as fast as can be (tests/conftest.py); here numbers are those of the code that users run: of
 # the authors' implementations, of the operations that all methods are made of, and what is claimed bit for bit.
 test-exact: env ## what compares numbers, with optimised machine code
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" \
-	  -k "not test_contract or exact" tests/golden tests/interop tests/ops tests/contract/test_contract.py $(PYTEST_ARGS)
+	  -k "not test_contract or exact" tests/golden tests/interop/test_vit_weights.py tests/ops tests/contract/test_contract.py $(PYTEST_ARGS)
 
 lint: env ## check style
 	$(BIN)/ruff check .

@@ -116,11 +116,12 @@ class TestWorkers:
 
 
 SCRIPT = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from tests.data.test_loader import stream
 from tokenlab.data.loader import Prefetch
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests beside others ignores it
     with Prefetch(stream().batch, depth=2, workers=2) as batches:
         for _ in range(4):
             next(batches)

@@ -108,6 +108,7 @@ def test_devices_that_all_have_the_same_tokens_share_the_units_of_experts():
     np.testing.assert_allclose(y, layer.apply({"params": params}, X)[0], atol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PUBLISHED)
 @pytest.mark.parametrize("name", LAYERS)
@@ -289,6 +290,7 @@ def test_a_whole_model_equals_one_device(name, plan):
     trained_once(MODELS[name], PUBLISHED[plan])
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_a_split_sequence_gathers_keys_and_values_and_nothing_else():
     program, mesh = trained_once("block*2", ParallelPlan(cp=4, dp=2))
@@ -300,6 +302,7 @@ def test_a_split_sequence_gathers_keys_and_values_and_nothing_else():
     assert not re.search(r"f32\[4,2,12,12\]", program.as_text()), "a device has the whole attention map"
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "settings"),
