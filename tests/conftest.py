@@ -20,15 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 OPTIMISED = ("cost", "sharding")
 """Folders whose tests read compiled programs. There, and in tests that are marked `exact`, XLA optimises machine code.
+`@pytest.mark.optimised(True or False)` says otherwise of a test, or of a file.
 
 Nearly all of the time of the others is compiling. Where nothing is optimised and kernels are made by the older of XLA's
 two ways, where it has both, a third of it is left for small programs and a seventh for a train step.
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment is for the code that users run, everywhere: `make test-exact` does
 that for what compares numbers.
 """
-
-NOT_OPTIMISED = ("sharding/test_folding.py",)
-"""Files in those folders whose tests compare numbers, of some 250 programs; those marked `optimised` are."""
 
 
 def _prepare_environment() -> None:
@@ -86,13 +84,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_optimised(item: pytest.Item) -> bool:
     """Whether XLA optimises the machine code of what this test compiles."""
-    if item.get_closest_marker("exact") or item.get_closest_marker("optimised"):
+    if item.get_closest_marker("exact"):
         return True
+    mark = item.get_closest_marker("optimised")
+    if mark is not None:
+        (wanted,) = mark.args
+        return wanted
     try:
-        file = item.path.relative_to(ROOT / "tests")
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
     except ValueError:  # a test from elsewhere, such as that of somebody's own method
         return True
-    return file.parts[0] in OPTIMISED and file.as_posix() not in NOT_OPTIMISED
+    return folder in OPTIMISED
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -18,6 +18,9 @@ from tokenlab.sharding.check import collectives
 from tokenlab.sharding.plan import ParallelPlan, every_plan
 from tokenlab.sharding.rules import row_sharding, shardings
 
+# Some 250 programs whose numbers are compared: optimised they take four times as long.
+pytestmark = pytest.mark.optimised(False)
+
 B, N, D, F, E, K = 8, 6, 16, 40, 8, 2  # F is no number of rows, so that weights are told from tokens by shape
 KEY = jax.random.key(0)
 LAYERS = {
@@ -108,7 +111,7 @@ def test_devices_that_all_have_the_same_tokens_share_the_units_of_experts():
     np.testing.assert_allclose(y, layer.apply({"params": params}, X)[0], atol=1e-5)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimised(True)
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PUBLISHED)
 @pytest.mark.parametrize("name", LAYERS)
@@ -290,7 +293,7 @@ def test_a_whole_model_equals_one_device(name, plan):
     trained_once(MODELS[name], PUBLISHED[plan])
 
 
-@pytest.mark.optimised
+@pytest.mark.optimised(True)
 @pytest.mark.slow
 def test_a_split_sequence_gathers_keys_and_values_and_nothing_else():
     program, mesh = trained_once("block*2", ParallelPlan(cp=4, dp=2))
@@ -302,7 +305,7 @@ def test_a_split_sequence_gathers_keys_and_values_and_nothing_else():
     assert not re.search(r"f32\[4,2,12,12\]", program.as_text()), "a device has the whole attention map"
 
 
-@pytest.mark.optimised
+@pytest.mark.optimised(True)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "settings"),
