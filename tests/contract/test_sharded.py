@@ -58,9 +58,9 @@ def prepare(stack, sizes):
     return mesh, model, compiled, state, rows
 
 
-def train(stack, sizes):
+def train(prepared):
     """Losses and parameters after 20 steps, and the positions of the tokens that were chosen at the start."""
-    mesh, model, compiled, state, rows = prepare(stack, sizes)
+    mesh, model, compiled, state, rows = prepared
     losses = []
     with jax.set_mesh(mesh):
         first = jax.device_put(next(batches(1)), rows)
@@ -76,9 +76,9 @@ def train(stack, sizes):
     return np.array(losses), jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, positions)
 
 
-def check_equal(stack, sizes):
-    losses, params, chosen = train(stack, {"data": 1})
-    sharded_losses, sharded_params, sharded_chosen = train(stack, sizes)
+def check_equal(stack, sharded):
+    losses, params, chosen = train(prepare(stack, {"data": 1}))
+    sharded_losses, sharded_params, sharded_chosen = train(sharded)
     jax.tree.map(np.testing.assert_array_equal, sharded_chosen, chosen)
     assert losses[-1] != losses[0], "nothing was learned, so nothing was compared"
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5, atol=1e-5)
@@ -95,8 +95,8 @@ def leaf_at(tree, path):
     return tree
 
 
-def check_moves(stack, sizes):
-    mesh, _, compiled, state, _ = prepare(stack, sizes)
+def check_moves(sharded):
+    mesh, _, compiled, state, _ = sharded
     assert_no_activation_collective(compiled, 8 * EACH, mesh, parameters=state.params)
     kinds = {collective.kind for collective in collectives(compiled)}
     assert (
@@ -104,34 +104,31 @@ def check_moves(stack, sizes):
     )  # gradients are summed: the check reads a sharded program
 
 
-def test_all_together_equal_one_device():
-    check_equal(TOGETHER, {"data": 4, "fsdp": 2})
+def test_all_together():
+    """Equal to one device, and no activations move."""
+    sharded = prepare(TOGETHER, {"data": 4, "fsdp": 2})
+    check_moves(sharded)
+    check_equal(TOGETHER, sharded)
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 4, "fsdp": 2}], ids=str
-)
-def test_all_together_moves_no_activations(sizes):
-    check_moves(TOGETHER, sizes)
+@pytest.mark.slow
+def test_all_together_moves_no_activations_where_parameters_are_whole():
+    check_moves(prepare(TOGETHER, {"data": 8}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", FOUND, ids=str)
-def test_each_part_equals_one_device(part):
-    check_equal(part.stack, {"data": 4, "fsdp": 2})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
-@pytest.mark.parametrize("part", FOUND, ids=str)
-def test_each_part_moves_no_activations(part, sizes):
-    check_moves(part.stack, sizes)
+def test_each_part(part):
+    """Equal to one device, and no activations move."""
+    sharded = prepare(part.stack, {"data": 2, "fsdp": 4})
+    check_moves(sharded)
+    check_equal(part.stack, sharded)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", ["block*2", TOGETHER])
 def test_tensor_parallel_equals_one_device(stack):
-    check_equal(stack, {"data": 4, "tensor": 2})
+    check_equal(stack, prepare(stack, {"data": 4, "tensor": 2}))
 
 
 def test_state_is_split():

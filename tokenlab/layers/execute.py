@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -21,7 +22,7 @@ from tokenlab.layers.attention import Reading
 from tokenlab.layers.block import Depth
 from tokenlab.layers.context import Aux, Context
 from tokenlab.layers.program import DEPTH, SHARED, BlockStep, ItemStep, Kind, Loop, Program, Step
-from tokenlab.sharding.constrain import constrain
+from tokenlab.sharding.constrain import constrain, is_recording
 from tokenlab.sharding.target import target_platform
 
 Execution: TypeAlias = Literal["auto", "scan", "unroll"]
@@ -121,7 +122,7 @@ def run(
     if missing := sorted(set(entering) - outside):
         raise ShapeError(f"stack: block {missing[0]} is none of those outside wrappers, {sorted(outside)}.")
     steps = program.folded(entering) if folded else program.steps
-    runner = _Runner(context, remat, trace, loads, state.get(SHARED, {}), entering)
+    runner = _Runner(context, remat, trace, loads, state.get(SHARED, {}), entering, program)
     tokens, aux, _ = runner.steps(steps, stacks_of(program, state, drop_path, drop_path_rates), tokens)
     return tokens, aux
 
@@ -142,7 +143,7 @@ def read_last(
     if not isinstance(last, BlockStep):
         raise ShapeError(f"stack: ends with {last.name}; only a block at its end can be read.")
     steps = (*before, replace(last, reads=tuple(readings.items())))
-    runner = _Runner(context, "none", None, None, state.get(SHARED, {}), {})
+    runner = _Runner(context, "none", None, None, state.get(SHARED, {}), {}, program)
     return runner.steps(steps, stacks_of(program, state), tokens)[2]
 
 
@@ -210,9 +211,10 @@ class _Runner:
         loads: dict[str, Array] | None,
         shared: Mapping[str, Any],
         entering: dict[int, Tokens | None],
+        program: Program,
     ):
         self.context, self.remat, self.trace, self.loads = context, remat, trace, loads
-        self.shared, self.entering = shared, entering
+        self.shared, self.entering, self.once = shared, entering, _once(program)
 
     def steps(
         self, steps: tuple[Step, ...], stacks: Stacks, tokens: Tokens, seen: Tokens | None = None
@@ -248,24 +250,34 @@ class _Runner:
             given = "none" if seen is None else str(seen.count)
             raise ShapeError(f"{step.name}: built to see {step.seen} tokens outside its body, got {given}.")
 
-        def compute(
-            stacks: Stacks, shared: Mapping[str, Any], tokens: Tokens, context: Context, seen: Tokens | None
-        ) -> tuple[Tokens, Aux, dict[str, Array]]:
-            params, place = _weights(step, stacks, shared)
-            wanted = dict(step.reads)
-            if step.between:
-                wanted |= step.between.item.readings() if step.between.active else {}
-            tokens, readings = step.block.attend(params, tokens, context, place, wanted, seen)
-            aux = Aux()
-            if step.between:
-                own = {kind: stacks[kind] for kind in step.between.uses()}
-                tokens, aux = self.item(step.between, own, tokens, readings, context)
-            tokens, more = step.block.feed(params, tokens, context, place)
-            return tokens, aux + more, {name: readings[name] for name, _ in step.reads}
-
+        shared = {kind[1]: self.shared[kind[1]] for _, kind in step.kinds if kind[0] == SHARED}
+        observed = is_recording() or (self.trace is not None and step.between is not None)
+        compute = partial(self.compute, step) if observed else partial(self.once, _Alike(step))
         with jax.named_scope(step.name):
-            tokens, aux, readings = self.again(compute)(stacks, self.shared, tokens, self.context, seen)
+            tokens, aux, readings = self.again(compute)(dict(stacks), shared, tokens, self.context, seen)
         return tokens, self.loaded(step, aux), readings
+
+    def compute(
+        self,
+        step: BlockStep,
+        stacks: Stacks,
+        shared: Mapping[str, Any],
+        tokens: Tokens,
+        context: Context,
+        seen: Tokens | None,
+    ) -> tuple[Tokens, Aux, dict[str, Array]]:
+        """What a block computes of its weights and its tokens alone."""
+        params, place = _weights(step, stacks, shared)
+        wanted = dict(step.reads)
+        if step.between:
+            wanted |= step.between.item.readings() if step.between.active else {}
+        tokens, readings = step.block.attend(params, tokens, context, place, wanted, seen)
+        aux = Aux()
+        if step.between:
+            own = {kind: stacks[kind] for kind in step.between.uses()}
+            tokens, aux = self.item(step.between, own, tokens, readings, context)
+        tokens, more = step.block.feed(params, tokens, context, place)
+        return tokens, aux + more, {name: readings[name] for name, _ in step.reads}
 
     def attend(self, step: BlockStep, stacks: Stacks, tokens: Tokens) -> tuple[Tokens, dict[str, Array]]:
         """The attention half of a block alone, and what is read of it."""
@@ -355,6 +367,42 @@ class _Runner:
     def record(self, step: ItemStep, tokens: Tokens, *, inside: bool) -> None:
         if self.trace is not None:
             self.trace.append(TracePoint(step.name, step.kind[1], inside, tokens))
+
+
+class _Alike:
+    """A step as a key: equal for blocks that differ in their weights alone (and whose items have the same names)."""
+
+    def __init__(self, step: BlockStep):
+        self.step = step
+        self._said = (step.signature(), step.between.name if step.between else None)
+        self._hash = hash((step.kinds, step.present, self._said[1]))  # items need not be hashable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and self._said == other._said
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _once(program: Program) -> Callable[..., tuple[Tokens, Aux, dict[str, Array]]]:
+    """`_Runner.compute`, traced once for all blocks of this very program that are alike, however often it is run.
+
+    Python's part of compiling is a block's; jax remembers the trace and writes it into the program again. It is kept
+    with the program, so that a model that is built anew is traced anew, as whoever edits a method expects.
+    """
+
+    def compute(
+        alike: _Alike,
+        stacks: Stacks,
+        shared: Mapping[str, Any],
+        tokens: Tokens,
+        context: Context,
+        seen: Tokens | None,
+    ) -> tuple[Tokens, Aux, dict[str, Array]]:
+        runner = _Runner(context, "none", None, None, shared, {}, program)
+        return runner.compute(alike.step, stacks, shared, tokens, context, seen)
+
+    return program.memory.setdefault("once", jax.jit(compute, static_argnums=0, inline=True))
 
 
 def _weights(step: BlockStep, stacks: Stacks, shared: Mapping[str, Any]) -> tuple[dict[str, Any], Depth]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import jax
@@ -191,6 +192,11 @@ class Program:
     depth: int
     present: int
     after: int
+
+    @cached_property
+    def memory(self) -> dict[str, Any]:
+        """What those who run it keep with it, by name; no part of what it is."""
+        return {}
 
     def folded(self, apart: Collection[int] = ()) -> tuple[Step, ...]:
         """The steps with equal neighbours folded into loops, for `lax.scan`; blocks numbered in `apart` stand alone."""

@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from tokenlab.core.errors import ShapeError, TokenLabError
 
@@ -100,6 +99,8 @@ def _beta(key: jax.Array, batch: int, alpha: float) -> jax.Array:
 
 @functools.cache
 def _quantiles(alpha: float) -> np.ndarray:
+    from scipy import special  # a third of a second, for runs that mix alone
+
     return special.betaincinv(alpha, alpha, np.linspace(0, 1, QUANTILES)).astype(np.float32)
 
 

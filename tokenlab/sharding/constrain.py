@@ -43,6 +43,11 @@ def recorded() -> Iterator[list[Constrained]]:
         _record = before
 
 
+def is_recording() -> bool:
+    """Whether somebody collects what is constrained, so that all must be traced that is used."""
+    return _record is not None
+
+
 def constrain(x: Array, *logical: str | EllipsisType | None, rules: Rules | None = None) -> Array:
     """Keep `x` split over the mesh as its logical axes say: `constrain(x, "batch", "sequence", None)` for [B, N, D].
 

@@ -23,8 +23,9 @@ import math
 import os
 import platform
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -350,9 +351,7 @@ class Workdir:
             raise RuntimeError("Workdir.record before Workdir.rewind")
         self._metrics.append(record)
         if self._events is None:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
+            self._events = _event_writer()(
                 str(self.path / "tensorboard"),
                 purge_step=self._purge_step,
                 max_queue=1000,
@@ -368,6 +367,18 @@ class Workdir:
             )  # tensorboardX takes no integer past 64 bits, and warns of what is not finite
             if math.isfinite(number):
                 self._events.add_scalar(f"{record['split']}/{name}", number, record["step"])
+
+
+def _event_writer() -> Callable[..., Any]:
+    """tensorboardX's writer, imported without the clients of clouds that it looks for: slow, and records are local."""
+    clients = [name for name in ("boto3", "google.cloud.storage") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(clients))  # None: as if they were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in clients:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def _may_change(key: str) -> bool:
