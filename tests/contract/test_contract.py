@@ -51,6 +51,12 @@ def weights(stack):
 
 
 @cached
+def fresh(stack):
+    """The weights that a model begins with."""
+    return jax.jit(parts.build(stack).init)(KEY)
+
+
+@cached
 def plain(stack):
     """The unrolled program as it is trained, compiled once for the tests that ask it different things.
 
@@ -240,7 +246,7 @@ def test_padding_changes_nothing(part):
 def test_block_weights_belong_to_blocks(part):
     """Block k starts from the same weights whatever wraps it."""
     model = parts.build(part.stack)
-    state, dense = (jax.jit(m.init)(KEY) for m in (model, parts.build(f"block*{model.program.depth}")))
+    state, dense = jax.jit(model.init)(KEY), fresh(f"block*{model.program.depth}")
     for kind, tree in dense["blocks"].items():
         if (
             kind in state["blocks"]

@@ -100,10 +100,10 @@ def added(tutorial, monkeypatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def process(words: list[str], folder: Path, tutorial: Path) -> str:
+def process(words: list[str], folder: Path, tutorial: Path, **variables: str) -> str:
     """Runs a program as the reader of the tutorial would; its output."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment |= {EXTRA: str(tutorial / "methods"), "PYTHONPATH": str(ROOT)}
+    environment |= {EXTRA: str(tutorial / "methods"), "PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -161,7 +161,8 @@ def test_the_commands_of_the_tutorial_run(tutorial, tmp_path):
     short = ["--config.steps=2", "--config.log_every=1", "--config.batch_size=16"]
     for _, *words in commands(TUTORIAL):
         more = short if words[0] == "train" else []
-        process([sys.executable, "-m", "tokenlab.cli", *words, *more], tmp_path, tutorial)
+        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        process([sys.executable, "-m", "tokenlab.cli", *words, *more], tmp_path, tutorial, **quick)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cls", "cls_value", "random"]
 
 

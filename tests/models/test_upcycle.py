@@ -97,18 +97,27 @@ def test_settings_that_contradict():
         train.run(config, "/nowhere")
 
 
+def short(steps, stack):
+    config = default_config()
+    config.update(steps=steps, batch_size=64, log_every=steps, eval_every=steps, checkpoint_every=steps)
+    config.model.update(size="nano/2", stack=stack)
+    return config
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dense") / "run"
+    train.run(short(150, "block*2"), workdir)
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
-def test_from_a_dense_run_to_one_with_experts(tmp_path, layer):
+def test_from_a_dense_run_to_one_with_experts(dense_run, tmp_path, layer):
     """End to end: after as many steps the upcycled run is ahead of one from scratch."""
-    config = default_config()
-    config.update(steps=150, batch_size=64, log_every=50, eval_every=150, checkpoint_every=150)
-    config.model.update(size="nano/2", stack="block*2")
-    train.run(config, tmp_path / "dense")
-    config.update(steps=20, eval_every=20, log_every=5)
-    config.model.stack = f"block + block(ffn={layer})"
+    config = short(20, f"block + block(ffn={layer})")
     fresh = train.run(config, tmp_path / "fresh")
-    config.init_from.update(path=str(tmp_path / "dense"), upcycle=True, upcycle_noise=0.01)
+    config.init_from.update(path=str(dense_run), upcycle=True, upcycle_noise=0.01)
     found = train.run(config, tmp_path / "upcycled")
     assert found["validation"]["loss"] < fresh["validation"]["loss"] - 0.2
 
