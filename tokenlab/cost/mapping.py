@@ -32,6 +32,7 @@ gradients, Shoeybi et al. 2019 (arXiv 1909.08053) for tensor, Lepikhin et al. 20
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -185,22 +186,22 @@ def step_bytes(
         there = slices if far in found else 1
         return _size(sizes, found) // there, there
 
-    for block in blocks:
+    for block, times in Counter(blocks).items():  # nearly all are alike
         here = batch * block.tokens / (over["dp"] * over["cp"])
         fed = block.tokens if block.fed is None else block.fed
         sums = 2 + (remat == "full")  # behind attention: forward, backward, and forward once more
-        tensor += sums * 2 * here * block.width * _ring(over["tp"])
+        tensor += times * sums * 2 * here * block.width * _ring(over["tp"])
         keys = 2 * block.kv_heads * block.head_dim / min(over["tp"], block.kv_heads)
-        sequence += passes * batch / over["dp"] * block.tokens * keys * _ring(over["cp"])
+        sequence += times * passes * batch / over["dp"] * block.tokens * keys * _ring(over["cp"])
         if block.choices:
             each = exchanged(sizes, batch * fed, block.choices, block.width, buffers=block.buffers)
-            experts += 2 * sum(each.values())
+            experts += times * 2 * sum(each.values())
             if remat != "none":
-                experts += each["exchange"] + each["join"] / (1 if block.buffers else 2)
-                experts += each["add up"] if block.buffers else 0
+                experts += times * (each["exchange"] + each["join"] / (1 if block.buffers else 2))
+                experts += times * each["add up"] if block.buffers else 0
         else:
             behind = batch * fed / (over["dp"] * over["cp"])
-            tensor += 2 * 2 * behind * block.width * _ring(over["tp"])
+            tensor += times * 2 * 2 * behind * block.width * _ring(over["tp"])
     for leaf in leaves:
         whole = leaf.size / _size(sizes, leaf.axes)  # what a device keeps
         shared, of_slices = inside(_gathered(leaf, sizes))
@@ -225,7 +226,7 @@ def activation_bytes(
     """
     over, kept, most = ways(sizes), 0.0, 0.0
     devices = over["dp"] * over["cp"] * over["tp"]
-    for block in blocks:
+    for block, times in Counter(blocks).items():
         here = batch * block.tokens / (over["dp"] * over["cp"])
         heads = (2 * block.heads + 2 * block.kv_heads) * block.head_dim / over["tp"]
         maps = 2 * block.heads / over["tp"] * block.tokens * 4 / itemsize
@@ -237,7 +238,7 @@ def activation_bytes(
         else:
             own += units / over["tp"]
         most = max(most, here * own)
-        kept += here * (block.width if remat else own)
+        kept += times * here * (block.width if remat else own)
     last = blocks[-1].tokens if blocks else 1
     logits = 2 * batch * last * outputs / devices * 4
     return round(itemsize * (kept + (most if remat else 0)) + logits)

@@ -8,6 +8,7 @@ mesh, which is part of jit's cache key, and nothing has to be handed down.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -63,14 +64,25 @@ def attending(names: Iterable[str], *roles: Attention) -> tuple[str, ...]:
     Those on which experts lie come last, the farthest devices first: what is split over all of them passes to the
     experts by an exchange among devices that are neighbours in the array.
     """
-    given = set(names)
+    return _attending(frozenset(names), roles)
+
+
+def of_experts(names: Iterable[str], *roles: Experts) -> tuple[str, ...]:
+    """The axes among `names` that have one of these roles in layers of experts; those of experts as `attending` has."""
+    return _of_experts(frozenset(names), roles)
+
+
+# A search asks a million times of a few hundred meshes.
+
+
+@functools.lru_cache(maxsize=4096)
+def _attending(given: frozenset[str], roles: tuple[Attention, ...]) -> tuple[str, ...]:
     there = [axis for axis in ROLES if axis in given and ROLES[axis][0] in roles]
     others = tuple(axis for axis in there if axis not in _EXPERTS)
     return others + tuple(axis for axis in _EXPERTS if axis in there)
 
 
-def of_experts(names: Iterable[str], *roles: Experts) -> tuple[str, ...]:
-    """The axes among `names` that have one of these roles in layers of experts; those of experts as `attending` has."""
-    given = set(names)
+@functools.lru_cache(maxsize=4096)
+def _of_experts(given: frozenset[str], roles: tuple[Experts, ...]) -> tuple[str, ...]:
     there = [axis for axis in ROLES if axis in given and ROLES[axis][1] in roles]
     return attending(there, "data", "fsdp", "sequence", "tensor")
