@@ -113,6 +113,7 @@ def kill(where: str, chance: random.Random, workdir: Path, said: Path) -> None:
         assert status == -signal.SIGKILL
 
 
+@pytest.mark.first
 def test_twenty_random_kills(tmp_path: Path) -> None:
     """None of them leaves a state that cannot be read, and the run ends as one that nobody disturbed."""
     chance = random.Random(20)
