@@ -69,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks as slow what is marked `quick` for other parameters alone; puts what is marked `first` before the others."""
+    """Marks as slow what is marked `quick` for other parameters alone, and puts first what is marked `first`."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
     not_there: dict[str, set[str]] = {}
     for item in items:

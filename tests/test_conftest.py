@@ -87,3 +87,24 @@ def test_what_is_quick_for_some_parameters_is_slow_for_the_others(
     result = pytester.runpytest_inprocess(*plain)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*marked quick, but *test_letter has no parameters {'b-3'}"])
+
+
+def test_what_takes_minutes_begins_before_the_others(hooks: None, pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nmarkers =\n  first")
+    pytester.makepyfile(
+        test_inner="""
+        import pytest
+
+        def test_short():
+            pass
+
+        @pytest.mark.first
+        def test_long():
+            pass
+
+        def test_other():
+            pass
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:xdist", "-v")
+    result.stdout.fnmatch_lines(["*::test_long PASSED*", "*::test_short PASSED*", "*::test_other PASSED*"])

@@ -112,7 +112,7 @@ def dense_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", LAYERS[:2])
 def test_from_a_dense_run_to_one_with_experts(dense_run, tmp_path, layer):
     """End to end: after as many steps the upcycled run is ahead of one from scratch."""
     config = short(20, f"block + block(ffn={layer})")

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STACK = "block + skip(keep=0.5, by=random)(block) + block + keep(0.5, by=cls) + block"
 OVERRIDES = {
-    "steps": 300,
+    "steps": 120,
     "batch_size": 32,
     "log_every": 7,
     "eval_every": 40,
@@ -97,7 +97,7 @@ def test_sigterm_then_a_truncated_checkpoint(whole, tmp_path):
     """With workers, as a run without; neither process has anything to add at its end."""
     workdir = tmp_path / "run"
     process = start(workdir, WORKERS)
-    until(process, 100)
+    until(process, 60)
     process.send_signal(signal.SIGTERM)
     stopped, _ = process.communicate(timeout=120)
     assert process.returncode == 143, stopped

@@ -23,14 +23,14 @@ from tokenlab.train.records import read_metrics, read_run
 ROOT = Path(__file__).parents[2]
 EVERY = 5
 OVERRIDES: dict[str, Any] = {
-    "steps": 500,
+    "steps": 360,
     "batch_size": 32,
     "log_every": EVERY,
     "eval_every": 2 * EVERY,
     "checkpoint_every": EVERY,
     "eval.batch_size": 16,  # so that evaluation takes a while
     "model.size": "nano/2",
-    "model.stack": "block + skip(keep=0.5, by=random)(block) + block + keep(0.5, by=cls) + block",
+    "model.stack": "block + skip(keep=0.5, by=random)(block) + keep(0.5)",
     "model.drop_path": 0.1,
     "optimizer.ema": 0.99,
 }
