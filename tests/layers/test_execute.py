@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import decoders
 from tokenlab import models
+from tokenlab.core.errors import ShapeError
+from tokenlab.core.tokens import Tokens
+from tokenlab.layers import execute
 from tokenlab.layers.block import Block
+from tokenlab.layers.context import Context
 from tokenlab.sharding.constrain import recorded
 from tokenlab.sharding.mesh import make_mesh
 
@@ -94,3 +101,34 @@ def test_who_collects_what_is_constrained_sees_every_block(traced):
                 jax.eval_shape(forward(model, execution="unroll"), shapes)
             assert {each.scope.partition("/")[0] for each in found} >= {"block_00", "block_01", "block_02"}
     assert traced == [17] * 6
+
+
+def test_without_jit_blocks_see_values_and_not_tracers():
+    """What looks at its numbers where there are any still does: a layer that refuses an example of padding alone."""
+    model = build("block + block(ffn=soft_moe(experts=4, slots=2))")
+    state, count = decoders.weights(model), model.program.present
+    valid = jnp.ones((3, count), bool).at[1].set(False)
+    place = jnp.broadcast_to(jnp.arange(count), valid.shape)
+    tokens = Tokens(jnp.ones((3, count, 16)), place, valid=valid, protected=1)
+    with pytest.raises(ShapeError, match="example 1 is padding alone"):
+        execute.run(model.program, state, tokens, Context(jax.random.key(1), train=True))
+
+
+def test_a_model_that_has_run_can_be_pickled():
+    model = build("block*2")
+    jax.eval_shape(forward(model), model.abstract_state())
+    again = pickle.loads(pickle.dumps(model.program))
+    assert again.folded() == model.program.folded() and model.program.memory and not again.memory
+
+
+def test_the_load_of_experts_is_recorded_by_block():
+    layer = "block(ffn=tokens_choice(experts=4))"
+    model = build(
+        f"block + {layer} + skip(keep=0.5, by=norm)({layer}) + block(ffn=soft_moe(experts=2, slots=2))"
+    )
+    images = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))
+    run = jax.jit(lambda state: model.apply(state, {"image": images}, record=True).loads)
+    loads = run(decoders.weights(model))
+    assert set(loads) == {"block_01", "block_02"}  # slots of soft_moe are filled alike
+    for share in loads.values():
+        assert share.shape == (4,) and float(share.sum()) == pytest.approx(1) and float(share.std()) > 0

@@ -251,8 +251,12 @@ class _Runner:
             raise ShapeError(f"{step.name}: built to see {step.seen} tokens outside its body, got {given}.")
 
         shared = {kind[1]: self.shared[kind[1]] for _, kind in step.kinds if kind[0] == SHARED}
+        staged = isinstance(
+            stacks[DEPTH]["index"], jax.core.Tracer
+        )  # else whoever looks at values is to see some
         observed = is_recording() or (self.trace is not None and step.between is not None)
-        compute = partial(self.compute, step) if observed else partial(self.once, _Alike(step))
+        once = staged and not observed
+        compute = partial(self.once, _Alike(step)) if once else partial(self.compute, step)
         with jax.named_scope(step.name):
             tokens, aux, readings = self.again(compute)(dict(stacks), shared, tokens, self.context, seen)
         return tokens, self.loaded(step, aux), readings
@@ -277,7 +281,8 @@ class _Runner:
             own = {kind: stacks[kind] for kind in step.between.uses()}
             tokens, aux = self.item(step.between, own, tokens, readings, context)
         tokens, more = step.block.feed(params, tokens, context, place)
-        return tokens, aux + more, {name: readings[name] for name, _ in step.reads}
+        aux = (aux + more).replace(load=more.load)
+        return tokens, aux, {name: readings[name] for name, _ in step.reads}
 
     def attend(self, step: BlockStep, stacks: Stacks, tokens: Tokens) -> tuple[Tokens, dict[str, Array]]:
         """The attention half of a block alone, and what is read of it."""

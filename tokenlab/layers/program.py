@@ -195,8 +195,11 @@ class Program:
 
     @cached_property
     def memory(self) -> dict[str, Any]:
-        """What those who run it keep with it, by name; no part of what it is."""
+        """What those who run it keep with it, by name; no part of what it is, nor of what is pickled or copied."""
         return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "memory"}
 
     def folded(self, apart: Collection[int] = ()) -> tuple[Step, ...]:
         """The steps with equal neighbours folded into loops, for `lax.scan`; blocks numbered in `apart` stand alone."""
