@@ -198,7 +198,7 @@ def step_bytes(
             experts += times * 2 * sum(each.values())
             if remat != "none":
                 experts += times * (each["exchange"] + each["join"] / (1 if block.buffers else 2))
-                experts += times * each["add up"] if block.buffers else 0
+                experts += times * (each["add up"] if block.buffers else 0)
         else:
             behind = batch * fed / (over["dp"] * over["cp"])
             tensor += times * 2 * 2 * behind * block.width * _ring(over["tp"])

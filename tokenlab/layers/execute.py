@@ -251,11 +251,10 @@ class _Runner:
             raise ShapeError(f"{step.name}: built to see {step.seen} tokens outside its body, got {given}.")
 
         shared = {kind[1]: self.shared[kind[1]] for _, kind in step.kinds if kind[0] == SHARED}
-        staged = isinstance(
-            stacks[DEPTH]["index"], jax.core.Tracer
-        )  # else whoever looks at values is to see some
+        # Only a trace is remembered: without one, whoever looks at numbers is to see them.
+        traced = isinstance(stacks[DEPTH]["index"], jax.core.Tracer)
         observed = is_recording() or (self.trace is not None and step.between is not None)
-        once = staged and not observed
+        once = traced and not observed
         compute = partial(self.once, _Alike(step)) if once else partial(self.compute, step)
         with jax.named_scope(step.name):
             tokens, aux, readings = self.again(compute)(dict(stacks), shared, tokens, self.context, seen)
