@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import resource
 import shutil
 import sys
+import warnings
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +22,7 @@ import pytest
 import tensorstore
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import serialization
 
 from tokenlab.core.errors import CheckpointError
 from tokenlab.train import manifest
@@ -382,8 +387,6 @@ def test_a_full_disk_is_told_before_anything_is_written(copy: Path, monkeypatch:
         assert tree_of_files(copy) == before
 
 
-# TensorStore goes on with the other files of a save that has failed, and reports to an event loop that is gone.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_space_is_one_line_and_spares_the_older_ones(copy: Path) -> None:
     before = tree_of_files(copy)
     large = make_state(3.0).replace(ema={"w": jnp.asarray(np.random.default_rng(1).normal(size=1 << 16))})
@@ -507,3 +510,47 @@ def test_writes_that_end_after_the_failed_save_are_silent(
 
     Faulty()
     assert told == ["Event loop is closed"] * 2  # of anybody else it is told
+
+
+def orbax_write() -> Coroutine[Any, Any, None]:
+    """Fails at once: what it is given has not left the device."""
+    return serialization.async_serialize_from_host(SimpleNamespace(is_on_host=False), {})
+
+
+async def own_write() -> None:
+    raise ValueError("denied")
+
+
+@pytest.mark.parametrize("are_errors", [True, False])
+@pytest.mark.parametrize(("write", "silent"), [(orbax_write, True), (own_write, False)])
+def test_what_a_failed_save_leaves_behind_is_silent(
+    write: Callable[[], Coroutine[Any, Any, None]],
+    silent: bool,
+    are_errors: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of tasks that nobody waited for and of writes that had not begun Python tells when it collects them."""
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda each: told.append(str(each.exc_value)))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        Checkpoints(tmp_path, keep=1).close()
+        if are_errors:
+            warnings.simplefilter("error")
+        loop = asyncio.new_event_loop()
+        ended = loop.create_task(write())
+        loop.run_until_complete(asyncio.wait([ended]))
+        not_begun = loop.create_task(write())
+        loop.close()
+        del ended, not_begun, loop
+        gc.collect()
+    told += [str(each.message) for each in shown]
+    told += [record.getMessage().splitlines()[0] for record in caplog.records]
+    reports = {
+        "coroutine 'own_write' was never awaited",
+        "Task exception was never retrieved",
+        "Task was destroyed but it is pending!",
+    }
+    assert set(told) == (set() if silent else reports)

@@ -15,6 +15,9 @@ import math
 import os
 import sys
 import threading
+import traceback
+import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -369,22 +372,47 @@ class _NotFromOrbax(logging.Filter):
     """Drops what Orbax logs: every step of every save, and errors that are raised here as CheckpointError."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        return not _is_orbax(record.pathname)
+
+
+class _NotOfFailedSaves(logging.Filter):
+    """Drops what asyncio logs of tasks of Orbax that nobody waited for; other tasks' reports stay.
+
+    At the first write that fails Orbax leaves the others where they are and closes the event loop of the save.
+    Whenever the garbage collector comes to one of them, asyncio logs its error with a traceback, long after the one
+    line that the user should see.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        frames = traceback.walk_tb(error.__traceback__ if error else None)
+        return not (
+            _is_orbax(record.getMessage())  # it shows the task, with the file of its coroutine
+            or any(_is_orbax(frame.f_code.co_filename) for frame, _ in frames)
+        )
 
 
 class _NotTooLate:
-    """A hook for errors nobody can catch that drops one: of a write that ends after the save has failed.
+    """A hook for errors nobody can catch that drops those of writes which a failed save has left behind.
 
-    At the first write that fails Orbax closes the event loop of the save; TensorStore tells the loop of each of the
-    others still, and prints a traceback for every one of them over the message that the user should see.
+    TensorStore tells the closed loop when such a write ends; and a write that had not begun is a coroutine that was
+    never awaited, an error where warnings are errors (elsewhere the filter of `_silence_orbax` drops it).
     """
 
     def __init__(self, hook: Callable[[Any], Any]) -> None:
         self._hook = hook
 
     def __call__(self, unraisable: Any) -> None:
-        if not (unraisable.object is None and _says_loop_is_closed(unraisable.exc_value)):
+        ended = unraisable.object is None and _says_loop_is_closed(unraisable.exc_value)
+        not_begun = isinstance(unraisable.object, types.CoroutineType) and _is_orbax(
+            unraisable.object.cr_code.co_filename
+        )
+        if not (ended or not_begun):
             self._hook(unraisable)
+
+
+def _is_orbax(text: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in text
 
 
 def _says_loop_is_closed(error: BaseException | None) -> bool:
@@ -392,10 +420,18 @@ def _says_loop_is_closed(error: BaseException | None) -> bool:
 
 
 _NOT_FROM_ORBAX = _NotFromOrbax()
+_NOT_OF_FAILED_SAVES = _NotOfFailedSaves()
 
 
 def _silence_orbax() -> None:
-    """Orbax logs through the one logger of absl, whose level is not ours to set: its records are filtered."""
+    """Orbax logs through the one logger of absl, whose level is not ours to set: its records are filtered.
+
+    So is what Python reports of a failed save that Orbax does not tidy up; its error is raised as CheckpointError.
+    """
     logging.getLogger("absl").addFilter(_NOT_FROM_ORBAX)
+    logging.getLogger("asyncio").addFilter(_NOT_OF_FAILED_SAVES)
+    warnings.filterwarnings(
+        "ignore", r"coroutine '_?async_serialize\w*\b.*' was never awaited", RuntimeWarning
+    )
     if not isinstance(sys.unraisablehook, _NotTooLate):
         sys.unraisablehook = _NotTooLate(sys.unraisablehook)
