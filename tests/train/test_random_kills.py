@@ -23,7 +23,7 @@ from tokenlab.train.records import read_metrics, read_run
 ROOT = Path(__file__).parents[2]
 EVERY = 5
 OVERRIDES: dict[str, Any] = {
-    "steps": 240,
+    "steps": 160,
     "batch_size": 32,
     "log_every": EVERY,
     "eval_every": 2 * EVERY,
