@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import jax
 import pytest
 
 from tokenlab import Dropless, SoftMoE
+from tokenlab.core.config import to_dataclass
 from tokenlab.cost.mapping import BlockSizes, Leaf, Sent, activation_bytes, exchanged, step_bytes
 from tokenlab.layers.ffn.swiglu import SwiGLU
 from tokenlab.sharding.constrain import constrain
 from tokenlab.sharding.plan import ParallelPlan, every_plan
 from tokenlab.sharding.rules import row_sharding, shardings
 from tokenlab.sharding.traffic import executed, sent
+from tokenlab.train.config import TrainConfig, default_config
+from tokenlab.train.offline import compile_step
 
 B, N, D, F, E, K = 8, 8, 16, 24, 8, 2
 FOLDED, UNFOLDED = ParallelPlan(tp=2, cp=2, dp=2, etp=1, ep=8), ParallelPlan(dp=8, ep=8)
@@ -103,6 +107,26 @@ def test_rules_of_ones_own_gather_and_sum_along_what_they_split():
     assert far.far == 3 * 640 / 4 / 2 and far.parameters == 2 * 640 * 3 / 4
     assert step_bytes({"expert": 4}, [], [Leaf(640, (), expert=True)], 8, 1).gradients == 2 * 640 * 3 / 4
     assert step_bytes({"expert": 4}, [], [Leaf(640, ("expert",), expert=True)], 8, 1).gradients == 0
+
+
+@pytest.mark.slow
+def test_parameters_and_gradients_travel_once_for_each_microbatch():
+    found = []
+    for count in (1, 3):
+        config = default_config(model="vit", task="classify", data="digits")
+        config.update(batch_size=96)
+        config.model.update(size="nano/4", stack="block*2")
+        config.optimizer.accumulate = count
+        spec = {"image": ((28, 28, 1), "float32"), "label": ((), "int32")}
+        train = to_dataclass(TrainConfig, config)
+        program = compile_step(train, spec, 10, jax.devices(), {"fsdp": 8}).compiled
+        bytes_by_kind = Counter()
+        for each, times in executed(program):
+            bytes_by_kind[each.kind] += times * sent(each, 8)
+        found.append(bytes_by_kind)
+    once, thrice = found
+    for kind in ("all-gather", "all-reduce"):  # XLA:CPU sums whole gradients, and each device keeps its part
+        assert thrice[kind] == pytest.approx(3 * once[kind], rel=0.1)  # a little is once a step
 
 
 def test_what_a_step_sends_by_hand():
