@@ -132,3 +132,12 @@ def test_mistakes_are_told_before_anything_is_measured(words, message, config, a
     status, _, err = run(capsys, *[word.replace("CONFIG", str(config)) for word in words])
     assert status == 2 and message in err
     assert asked == []
+
+
+def test_an_option_that_the_compiler_does_not_know_is_told_with_its_rule(config, capsys) -> None:
+    rule = {"kind": "cpu", "set": {}, "xla": {"xla_no_such_option": 1}}
+    rule |= {"step_seconds": 1.0, "basis": "estimated", "source": "nothing"}
+    config.write_text(CONFIG.replace("    return c", f"    c.hardware = ({rule},)\n    return c"))
+    status, out, err = run(capsys, f"--config={config}", "--mode=train")
+    assert status == 2 and not out
+    assert "config.hardware: xla of the rule for cpu: " in err and "xla_no_such_option" in err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +18,7 @@ from tokenlab import models
 from tokenlab.cost import Cost, count
 from tokenlab.sharding import rules
 from tokenlab.sharding.rules import path_of, row_sharding
-from tokenlab.train import compilation, state, step
+from tokenlab.train import compilation, hardware, state, step
 from tokenlab.train.experiment import peak_bytes
 from tokenlab.train.optimizer import Optimizer
 
@@ -39,7 +39,7 @@ class Setting:
       task, optimizer: of the train step.
       mesh: the devices.
       batch: name -> [B, ...] on the devices.
-      xla: options of the compiler for train steps.
+      rule: of the rules for devices the one that holds; its options for the compiler are of train steps.
     """
 
     model: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Setting:
     optimizer: Optimizer
     mesh: Mesh
     batch: Mapping[str, Array]
-    xla: Mapping[str, Any] = field(default_factory=dict)
+    rule: hardware.Applied | None = None
 
     @property
     def batch_size(self) -> int:
@@ -189,10 +189,13 @@ def _train(setting: Setting, model: Any, execution: str, shelf: Shelf) -> Arm:
 
     places = state.shardings(jax.eval_shape(create), model, setting.mesh, offload=optimizer.offload)
     slot = shelf.slot(create, places)
+    rule = setting.rule
+    xla = None if rule is None else rule.xla
     jitted = step.make_train_step(
-        model, task, optimizer, shardings=places, batch_sharding=setting.rows, xla=setting.xla
+        model, task, optimizer, shardings=places, batch_sharding=setting.rows, xla=xla
     )
-    compiled, seconds = _compile(jitted, setting.mesh, slot.value, batch)
+    with hardware.told(rule):
+        compiled, seconds = _compile(jitted, setting.mesh, slot.value, batch)
 
     def once() -> Array:
         slot.value, report = compiled(slot.value, batch)

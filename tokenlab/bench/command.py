@@ -138,7 +138,7 @@ def _of_config(config: ConfigDict, name: str, batch: int | None) -> tuple[Settin
         optimizer=experiment.optimizer,
         mesh=experiment.mesh,
         batch=experiment.put(experiment.stream.batch(0)),
-        xla=experiment.hardware.xla if experiment.hardware is not None else {},
+        rule=experiment.hardware,
     )
     if experiment.hardware is not None:
         _note(str(experiment.hardware))
