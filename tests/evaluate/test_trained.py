@@ -44,7 +44,7 @@ def test_accuracy_is_that_of_a_plain_forward_pass_with_the_moving_average(traine
     assert not jax.tree.all(jax.tree.map(np.array_equal, average, raw))
     records = found.source.split("validation")
     batch = records.batch(np.arange(len(records)))
-    logits = np.asarray(found.model.apply(average, batch).logits, np.float64)
+    logits = np.asarray(jax.jit(found.model.apply)(average, batch).logits, np.float64)
     right = np.mean(np.argmax(logits, axis=-1) == batch["label"])
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_softmax = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -38,7 +38,7 @@ def test_as_in_pytorch(name):
     state = state_of(weights, 7)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.abstract_state())
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
-    found = model.apply(state, {"image": jnp.asarray(given.images)})
+    found = jax.jit(model.apply)(state, {"image": jnp.asarray(given.images)})
     np.testing.assert_allclose(found.tokens, given.tokens, atol=1e-5)
     if given.logits is not None:
         np.testing.assert_allclose(found.logits, given.logits, atol=1e-5)
@@ -81,7 +81,7 @@ def test_another_stack_on_the_same_weights():
     given = golden("timm")
     weights = vit_weights.read(given.weights)
     model = model_of(weights, given.images, 7, stack="block + keep(0.5, by=cls) + block")
-    found = model.apply(state_of(weights, 7), {"image": jnp.asarray(given.images)})
+    found = jax.jit(model.apply)(state_of(weights, 7), {"image": jnp.asarray(given.images)})
     assert found.tokens.shape == (2, 9, 32)
     assert not np.allclose(found.logits, given.logits, atol=1e-3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_logits_through_the_workdir_are_those_of_pytorch(name, tmp_path):
     notes = accepted(tmp_path / "model.safetensors", workdir, **numbers(tmp_path))
     assert any(note.startswith("2 heads, as ViT micro of width 32 has them") for note in notes)
     trained = evaluate.load(workdir)
-    found = trained.model.apply(trained.params, {"image": jnp.asarray(given.images)})
+    found = jax.jit(trained.model.apply)(trained.params, {"image": jnp.asarray(given.images)})
     np.testing.assert_allclose(found.logits, given.logits, atol=1e-5)
 
 
@@ -338,7 +339,7 @@ def test_a_jumbo_checkpoint_becomes_a_workdir(tmp_path):
     assert "cls_token is left out: the pieces stand in its place" in notes
     trained = evaluate.load(workdir)
     assert trained.model.stack_text == "block(special=jumbo)*3"
-    found = trained.model.apply(trained.params, {"image": jnp.asarray(images[:2])})
+    found = jax.jit(trained.model.apply)(trained.params, {"image": jnp.asarray(images[:2])})
     np.testing.assert_allclose(found.logits, arrays["outputs/logits"], atol=5e-5)
 
 

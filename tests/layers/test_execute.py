@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,9 @@ def test_each_has_its_own_name_and_draws(traced):
     state = decoders.weights(model)  # a head of zeros would let no gradient through
     lowered = jax.jit(forward(model, execution="unroll")).lower(state).as_text(debug_info=True)
     assert traced == [17]
-    assert all(f"block_{number:02d}/mlp" in lowered for number in range(3))
+    # From JAX 0.12 on a call that was inlined stands in the path of its scopes.
+    named = re.findall(r"block_(\d\d)/(?:jit\(compute\)/)?mlp", lowered)
+    assert sorted(set(named)) == ["00", "01", "02"]
     expected, found = [], []
     for execution in ("scan", "unroll"):
         value, grads = jax.jit(jax.value_and_grad(forward(model, execution=execution)))(state)

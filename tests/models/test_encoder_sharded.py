@@ -6,6 +6,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import encoders
@@ -48,6 +49,7 @@ def trained(axes):
     return np.array(losses), state.params, mesh, compiled
 
 
+@pytest.mark.slow
 def test_it_trains_as_on_one_device():
     losses, params, *_ = trained((("data", 1),))
     other_losses, other, *_ = trained(SPLIT)
@@ -59,6 +61,7 @@ def test_it_trains_as_on_one_device():
     )
 
 
+@pytest.mark.slow
 def test_it_moves_no_activations_across_the_batch_and_splits_the_vocabulary():
     _, params, mesh, compiled = trained(SPLIT)
     assert_no_activation_collective(compiled, BATCH, mesh, parameters=params)

@@ -229,6 +229,7 @@ def trained(axes: tuple[tuple[str, int], ...]) -> Any:
     return losses, jax.tree.map(np.asarray, (state.params, dict(state.metrics))), kernel
 
 
+@pytest.mark.slow
 def test_it_trains_on_eight_devices_as_on_one_and_moves_no_activations() -> None:
     losses, found, _ = trained((("data", 1),))
     other_losses, other, kernel = trained((("data", 4), ("fsdp", 2)))

@@ -80,7 +80,7 @@ def test_the_number_kept_is_rounded_up(share: float, n: int, k: int) -> None:
 def ran() -> dict[str, Any]:
     """Tokens before, inside and behind the span, and the gradient of the input of the span."""
     model = vit("block + skipvit(0.45)(block*2) + block")
-    state = model.init(KEY)
+    state = quick(model.init)(KEY)
     tokens = _tokens(jax.random.normal(KEY, (3, 17, 16)))
 
     @quick
@@ -118,7 +118,7 @@ def test_what_skips_returns_as_it_left(ran: dict[str, Any]) -> None:
 def test_no_gradient_of_what_skips_passes_through_the_span() -> None:
     """The loss reads the skipped rows alone: nothing reaches the weights of the blocks between."""
     model = vit("block + skipvit(0.45)(block*2)")
-    state, tokens = model.init(KEY), _tokens(jax.random.normal(KEY, (3, 17, 16)))
+    state, tokens = quick(model.init)(KEY), _tokens(jax.random.normal(KEY, (3, 17, 16)))
 
     @quick
     def gradient(state: Any) -> Any:
