@@ -13,7 +13,7 @@ import pytest
 
 from tests.train.jobs import assert_same, checkpoints, job, train, values
 
-STEPS = 16
+STEPS = 20
 CONFIG: dict[str, Any] = {
     "steps": STEPS,
     "batch_size": 32,

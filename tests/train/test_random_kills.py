@@ -25,11 +25,12 @@ from tokenlab.train.records import read_metrics, read_run
 ROOT = Path(__file__).parents[2]
 EVERY = 5
 OVERRIDES: dict[str, Any] = {
-    "steps": 160,
+    "steps": 240,
     "batch_size": 32,
     "log_every": EVERY,
     "eval_every": 2 * EVERY,
-    "checkpoint_every": EVERY,
+    "checkpoint_every": EVERY - 1,  # so that runs go on between two records
+    "keep_checkpoints": 3,
     "eval.batch_size": 16,  # so that evaluation takes a while
     "model.size": "nano/2",
     "model.stack": "block + skip(keep=0.5, by=random)(block) + keep(0.5)",
@@ -144,15 +145,18 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
     wait_for(process, stopped, lambda: last_step(stopped))
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 128 + signal.SIGTERM, stopped.read_text()
-    newest = checkpoints(workdir)[-1]
-    assert newest >= last_step(stopped)
-    files = [path for path in (workdir / "checkpoints" / str(newest)).rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    *_, whole, second, newest = checkpoints(workdir)
+    assert newest >= last_step(stopped) > whole
+    damaged = (second, newest)
+    for step in damaged:
+        files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
     aside = set(workdir.glob("metrics.aside-*.jsonl"))
     assert start(workdir, last, **WORKERS).wait(PATIENCE) == 0, last.read_text()
     told = last.read_text()
-    assert f"checkpoint {newest} is damaged" in told and f"going on from step {newest}" not in told, told
+    assert all(f"checkpoint {step} is damaged" in told for step in damaged), told
+    assert f"going on from step {whole}" in told, told
     for text in (stopped.read_text(), told):
         assert "Traceback" not in text and "Warning" not in text and "leaked" not in text, text
     assert set(workdir.glob("metrics.aside-*.jsonl")) - aside, (
@@ -161,14 +165,13 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
     assert start(tmp_path / "whole", undisturbed).wait(PATIENCE) == 0, undisturbed.read_text()
     assert records(workdir) == records(tmp_path / "whole")
     others = [path.name for path in (workdir / "checkpoints").iterdir() if not path.name.isdecimal()]
-    assert others == [f"{newest}.damaged-1"]
+    assert sorted(others) == sorted(f"{step}.damaged-1" for step in damaged)
 
 
 def one_line(words: list[str], kib: int | None = None) -> str:
     """What a command that fails says, with the exit status of a mistake: one line of ours.
 
-    With `kib` a file that grows past so many KiB cannot be written, as on a full disk. Orbax's threads then print what
-    becomes of theirs, which is beyond us.
+    With `kib` a file that grows past so many KiB cannot be written, as on a full disk.
     """
     environment = {
         **os.environ,
@@ -184,9 +187,8 @@ def one_line(words: list[str], kib: int | None = None) -> str:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert found.returncode == 2, found.stderr
-    lines = found.stderr.splitlines()
-    (line,) = [each for each in lines if each.startswith("tokenlab: error: ")]
-    assert kib is not None or lines == [line]
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("tokenlab: error: ")
     return line
 
 

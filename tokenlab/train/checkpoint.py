@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import threading
-import traceback
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -372,7 +371,7 @@ class _NotFromOrbax(logging.Filter):
     """Drops what Orbax logs: every step of every save, and errors that are raised here as CheckpointError."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not _is_orbax(record.pathname)
+        return not record.pathname.startswith(_ORBAX)
 
 
 class _NotOfFailedSaves(logging.Filter):
@@ -384,12 +383,12 @@ class _NotOfFailedSaves(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        frames = traceback.walk_tb(error.__traceback__ if error else None)
-        return not (
-            _is_orbax(record.getMessage())  # it shows the task, with the file of its coroutine
-            or any(_is_orbax(frame.f_code.co_filename) for frame, _ in frames)
-        )
+        # A task is shown with the file of its coroutine; of a future of several the error tells whose the first was.
+        task, _, _ = record.getMessage().partition(" exception=")
+        if " coro=<" in task:
+            return f" at {_ORBAX}" not in task
+        frames = record.exc_info and getattr(record.exc_info[1], "__traceback__", None)
+        return not (frames and frames.tb_frame.f_code.co_filename.startswith(_ORBAX))
 
 
 class _NotTooLate:
@@ -403,24 +402,24 @@ class _NotTooLate:
         self._hook = hook
 
     def __call__(self, unraisable: Any) -> None:
-        ended = unraisable.object is None and _says_loop_is_closed(unraisable.exc_value)
-        not_begun = isinstance(unraisable.object, types.CoroutineType) and _is_orbax(
-            unraisable.object.cr_code.co_filename
-        )
-        if not (ended or not_begun):
+        given, error = unraisable.object, unraisable.exc_value
+        ended = given is None and _says_loop_is_closed(error)
+        not_begun = isinstance(given, types.CoroutineType) and given.cr_code.co_filename.startswith(_ORBAX)
+        if not (ended or (not_begun and isinstance(error, RuntimeWarning))):
             self._hook(unraisable)
-
-
-def _is_orbax(text: str) -> bool:
-    return f"{os.sep}orbax{os.sep}" in text
 
 
 def _says_loop_is_closed(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
+_ORBAX = os.path.join(os.path.dirname(ocp.__file__), "")
 _NOT_FROM_ORBAX = _NotFromOrbax()
 _NOT_OF_FAILED_SAVES = _NotOfFailedSaves()
+_NOT_BEGUN = (
+    r"coroutine '(async_serialize_from_host(\.<locals>\.write_fragment)?|_async_serialize_shardings|"
+    r"_async_serialize_replica_slices)' was never awaited"
+)
 
 
 def _silence_orbax() -> None:
@@ -430,8 +429,6 @@ def _silence_orbax() -> None:
     """
     logging.getLogger("absl").addFilter(_NOT_FROM_ORBAX)
     logging.getLogger("asyncio").addFilter(_NOT_OF_FAILED_SAVES)
-    warnings.filterwarnings(
-        "ignore", r"coroutine '_?async_serialize\w*\b.*' was never awaited", RuntimeWarning
-    )
+    warnings.filterwarnings("ignore", _NOT_BEGUN, RuntimeWarning)
     if not isinstance(sys.unraisablehook, _NotTooLate):
         sys.unraisablehook = _NotTooLate(sys.unraisablehook)
