@@ -362,6 +362,18 @@ def test_load_params_needs_neither_optimizer_nor_model(two: Path) -> None:
         load_params(two, part="parms")
 
 
+def test_small_arrays_are_written_by_one_device_and_large_ones_by_all(tmp_path: Path) -> None:
+    """What each writes of an array that all have is cut out by a program of its own, which has to be worth it."""
+    whole = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
+    state = {"small": jnp.ones((16, 8)), "large": jnp.ones((8, 1 << 18))}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, jax.device_put(state, whole), META, wait=True)
+    written = json.loads((tmp_path / "1" / "array_metadatas" / "process_0").read_text())["array_metadatas"]
+    shapes = {each["array_metadata"]["param_name"]: each["array_metadata"]["write_shape"] for each in written}
+    assert shapes == {"small": [16, 8], "large": [1, 1 << 18]}
+    np.testing.assert_array_equal(load_params(tmp_path, part="large")[0], state["large"])
+
+
 def test_load_params_of_nothing_or_of_damage_is_an_error(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*expected a workdir"):
         load_params(tmp_path / "nowhere")

@@ -31,6 +31,10 @@ from tokenlab.train import leaves, manifest, places
 from tokenlab.train.manifest import Which, one_line
 
 
+LEAST_SHARE = 1 << 20
+"""Bytes that each of several devices with the same array writes of it at least."""
+
+
 class Checkpoints:
     """The checkpoints of one run: saved in the background, the newest ones and the best one kept.
 
@@ -256,7 +260,8 @@ class Checkpoints:
             post_finalization_callback=None if self._place.seals_last else self._seal,
             create_directories_asynchronously=False,
         )
-        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry())
+        return ocp.AsyncCheckpointer(handler, async_options=options)
 
     def _seal(self) -> None:
         """Completes the folder that Orbax has filled; in the first process, in the background.
@@ -365,6 +370,20 @@ def load_params(
     step = places.whole_step(where, which)
     record = where.read_record(step)
     return leaves.restore_part(where.path(step), record["leaves"], part), {**record["meta"], "step": step}
+
+
+def _registry() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Orbax's way to write arrays, but for small ones that several devices have whole: one device writes those.
+
+    Orbax lets each of the devices write its share of every leaf. To cut that out is a program for each shape and share
+    (some hundred for a small model on eight devices) that is compiled while the first save holds up the training.
+    """
+    standard = ocp.type_handlers.get_type_handler(jax.Array)
+    arrays = ocp.type_handlers.ArrayHandler(
+        array_metadata_store=standard._array_metadata_store,
+        min_slice_bytes_for_replica_parallel=LEAST_SHARE,
+    )
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
 
 
 class _NotFromOrbax(logging.Filter):
