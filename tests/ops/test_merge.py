@@ -37,6 +37,12 @@ cases = st.sampled_from([(3, 0, "position"), (3, 0, "reference"), (4, 1, "positi
 seeds = st.integers(0, 2**32 - 1)
 
 
+# Compiled: op by op each primitive would be a program of its own.
+matching = jax.jit(bipartite_soft_matching, static_argnames=("r", "protected", "order"))
+weighted = jax.jit(merge_weighted)
+undone = jax.jit(unmerge)
+
+
 def draw(seed):
     rng = np.random.default_rng(seed)
     metric, x = rng.standard_normal((B, N, C)), rng.standard_normal((B, N, D))
@@ -141,8 +147,8 @@ def test_no_merge_is_a_bit_exact_identity(order):
 def test_tokens_that_do_not_merge_are_bit_exact():
     metric, x, size = draw(1)
     size = size * np.float32(0.3)
-    plan = bipartite_soft_matching(metric, 2)
-    average, total = merge_weighted(plan, x, size)
+    plan = matching(metric, 2)
+    average, total = weighted(plan, x, size)
     for b in range(B):
         for m, token in enumerate(plan.kept[b]):
             if (plan.assignment[b] == m).sum() == 1:
@@ -152,26 +158,26 @@ def test_tokens_that_do_not_merge_are_bit_exact():
 
 def test_scale_of_the_metric_and_duplicates():
     metric, x, size = draw(2)
-    plan = bipartite_soft_matching(metric, 3)
-    np.testing.assert_array_equal(bipartite_soft_matching(1e-12 * metric, 3).assignment, plan.assignment)
+    plan = matching(metric, 3)
+    np.testing.assert_array_equal(matching(1e-12 * metric, 3).assignment, plan.assignment)
     # Exact duplicates merge first, keep their value, and unmerge to what they were.
     x[:, 1::2] = x[:, 0:-1:2]
-    plan = bipartite_soft_matching(x, 4)
-    average, _ = merge_weighted(plan, x, np.ones_like(size))
-    np.testing.assert_allclose(unmerge(plan, average), x, atol=1e-6)
+    plan = matching(x, 4)
+    average, _ = weighted(plan, x, np.ones_like(size))
+    np.testing.assert_allclose(undone(plan, average), x, atol=1e-6)
     # A row of zeros has no direction: its similarity is 0, not NaN.
     metric = np.abs(metric)
     metric[:, 4:6] = 0
-    plan = bipartite_soft_matching(metric, 4)
+    plan = matching(metric, 4)
     assert 4 not in np.asarray(plan.source) and 5 not in np.asarray(plan.destination)
 
 
 def test_following_tokens_through_two_merges():
     metric, x, size = draw(3)
-    first = bipartite_soft_matching(metric, 3)
-    x1, s1 = merge_weighted(first, x, size)
-    second = bipartite_soft_matching(x1, 2)
-    x2, s2 = merge_weighted(second, x1, s1)
+    first = matching(metric, 3)
+    x1, s1 = weighted(first, x, size)
+    second = matching(x1, 2)
+    x2, s2 = weighted(second, x1, s1)
     owner = np.asarray(gather(second.assignment, first.assignment))
     for b in range(B):
         for m in range(N - 5):
@@ -185,25 +191,25 @@ def test_following_tokens_through_two_merges():
 def test_padding():
     """Padding changes nothing about how the valid tokens merge, whatever stands in it."""
     metric, x, _ = draw(4)
-    alone = bipartite_soft_matching(metric, 2, protected=1)
+    alone = matching(metric, 2, protected=1)
     garbage = np.full((B, 5, C), np.nan, np.float32)
     valid = np.arange(N + 5) < N
     valid = np.broadcast_to(valid, (B, N + 5))
-    padded = bipartite_soft_matching(np.concatenate([metric, garbage], 1), 2, protected=1, valid=valid)
+    padded = matching(np.concatenate([metric, garbage], 1), 2, protected=1, valid=valid)
     np.testing.assert_array_equal(padded.source, alone.source)
     np.testing.assert_array_equal(padded.destination, alone.destination)
     # Asked for more than the valid ones can give: all valid sources first, then padding into padding.
     valid = np.arange(N) < 4
     valid = np.broadcast_to(valid, (B, N))
-    plan = bipartite_soft_matching(metric, 4, valid=valid)
+    plan = matching(metric, 4, valid=valid)
     assert set(np.asarray(plan.source)[:, :2].ravel()) == {0, 2}
     assert set(np.asarray(plan.destination)[:, :2].ravel()) <= {1, 3}
     assert (np.asarray(plan.destination)[:, 2:] >= 4).all()
     # Padding that must merge into a valid token weighs nothing there.
     valid = np.zeros((B, N), bool)
     valid[:, [0, 1, 3, 5, 7]] = True
-    plan = bipartite_soft_matching(metric, 4, valid=valid)
-    average, total = merge_weighted(plan, x, valid.astype(np.float32))
+    plan = matching(metric, 4, valid=valid)
+    average, total = weighted(plan, x, valid.astype(np.float32))
     for b in range(B):
         group = {1, 3, 5, 7} - {int(plan.destination[b, 0])}
         for token in group:
@@ -211,7 +217,7 @@ def test_padding():
             np.testing.assert_array_equal(average[b, m], x[b, token])
             assert total[b, m] == 1
     # A group of size 0 keeps its kept token's value.
-    average, total = merge_weighted(plan, x, np.zeros((B, N), np.float32))
+    average, total = weighted(plan, x, np.zeros((B, N), np.float32))
     np.testing.assert_array_equal(average, gather(x, plan.kept))
     np.testing.assert_array_equal(total, 0)
 
@@ -230,30 +236,30 @@ def test_values_have_gradients_and_the_metric_has_none():
     cotangent = np.random.default_rng(0).standard_normal((B, N - 3, D)).astype(np.float32)
 
     def loss(metric, x, size):
-        average, total = merge_weighted(bipartite_soft_matching(metric, 3), x, size)
+        average, total = weighted(matching(metric, 3), x, size)
         return (average * cotangent).sum() + total.sum()
 
-    dm, dx, ds = jax.grad(loss, (0, 1, 2))(metric, x, size)
+    dm, dx, ds = jax.jit(jax.grad(loss, (0, 1, 2)))(metric, x, size)
     np.testing.assert_array_equal(dm, 0)
-    plan = bipartite_soft_matching(metric, 3)
-    average, total = merge_weighted(plan, x, size)
-    back, share = unmerge(plan, cotangent), size / np.asarray(unmerge(plan, total))
+    plan = matching(metric, 3)
+    average, total = weighted(plan, x, size)
+    back, share = undone(plan, cotangent), size / np.asarray(undone(plan, total))
     np.testing.assert_allclose(dx, back * share[..., None], atol=1e-6)
-    centred = x - unmerge(plan, average)
-    expected = 1 + (back * centred).sum(-1) / unmerge(plan, total)
+    centred = x - undone(plan, average)
+    expected = 1 + (back * centred).sum(-1) / undone(plan, total)
     np.testing.assert_allclose(ds, expected, atol=1e-5)
     # Also where nothing has weight.
-    dx, ds = jax.grad(loss, (1, 2))(metric, x, np.zeros_like(size))
+    _, dx, ds = jax.jit(jax.grad(loss, (0, 1, 2)))(metric, x, np.zeros_like(size))
     assert np.isfinite(dx).all() and np.isfinite(ds).all()
 
 
 def test_bfloat16_averages_in_float32():
     metric, x, size = draw(6)
     half = jnp.asarray(x, jnp.bfloat16)
-    plan = bipartite_soft_matching(jnp.asarray(metric, jnp.bfloat16), 3)
-    average, total = merge_weighted(plan, half, size)
+    plan = matching(jnp.asarray(metric, jnp.bfloat16), 3)
+    average, total = weighted(plan, half, size)
     assert average.dtype == jnp.bfloat16 and total.dtype == jnp.float32
-    exact, _ = merge_weighted(plan, half.astype(jnp.float32), size)
+    exact, _ = weighted(plan, half.astype(jnp.float32), size)
     np.testing.assert_array_equal(average, exact.astype(jnp.bfloat16))
 
 
@@ -267,7 +273,7 @@ def test_fuse():
         assert 0 not in dropped
         np.testing.assert_allclose(fused[b, 0], scores[b, dropped] @ x[b, dropped], rtol=1e-5)
     np.testing.assert_array_equal(fuse(x, scores, top_k(scores, N)), 0)
-    dx, ds = jax.grad(lambda x, s: fuse(x, s, keep).sum(), (0, 1))(x, scores)
+    dx, ds = jax.jit(jax.grad(lambda x, s: fuse(x, s, keep).sum(), (0, 1)))(x, scores)
     np.testing.assert_array_equal(dx != 0, np.broadcast_to(ds[..., None] != 0, dx.shape))
     np.testing.assert_array_equal((np.asarray(ds) != 0).sum(1), N - 5)
     assert fuse(jnp.asarray(x, jnp.bfloat16), scores, keep).dtype == jnp.bfloat16
@@ -307,7 +313,7 @@ def test_no_collective_when_the_batch_is_sharded():
 def test_limit(n, protected, most):
     assert merge_limit(n, protected) == most
     metric = np.random.default_rng(0).standard_normal((1, n, 2)).astype(np.float32)
-    plan = bipartite_soft_matching(metric, most, protected=protected)
+    plan = matching(metric, most, protected=protected)
     assert plan.kept.shape == (1, n - most)
     assert (np.asarray(plan.source) >= protected).all() and (np.asarray(plan.destination) >= protected).all()
     with pytest.raises(TokenLabError, match=f"0..{most}"):

@@ -30,7 +30,6 @@ from tokenlab.sharding import agree
 from tokenlab.train import leaves, manifest, places
 from tokenlab.train.manifest import Which, one_line
 
-
 LEAST_SHARE = 1 << 20
 """Bytes that each of several devices with the same array writes of it at least."""
 
