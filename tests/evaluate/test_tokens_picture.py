@@ -50,7 +50,7 @@ def test_keep_shows_the_patches_that_score_best(registers: int) -> None:
     (column,) = tokens_picture.section(built, params, batch, title="").columns
     # What stands before the item, without it: the norms that the item ranks by.
     dense, _ = model("block + keep(1.0, by=norm) + block", registers=registers)
-    point = dense.apply(params, batch, record=True).trace[0].tokens
+    point = jax.jit(lambda *given: dense.apply(*given, record=True).trace[0].tokens)(params, batch)
     norms = np.linalg.norm(np.asarray(point.x), axis=-1)[:, 1 + registers :]
     for patches, row in zip(column.patches, norms, strict=True):
         assert set(np.flatnonzero(patches.present)) == set(np.argsort(-row)[:5])

@@ -56,8 +56,8 @@ def test_attention_with_equal_weights_is_plain_attention(settings):
     assert jax.tree.structure(twice(params)) == jax.tree.structure(drawn(module, X))
     assert {k: len(v) for k, v in module.axes().items()} == {k: len(v) + 1 for k, v in plain.axes().items()}
     close(
-        module.apply({"params": twice(params)}, X, modality=IDS),
-        plain.apply({"params": params}, X),
+        jax.jit(module.apply)({"params": twice(params)}, X, modality=IDS),
+        jax.jit(plain.apply)({"params": params}, X),
         atol=1e-4,
     )
 
@@ -102,7 +102,7 @@ def test_on_a_mesh_it_is_as_on_one_device(sizes):
         made = jax.jit(lambda: module.init(jax.random.key(0), x[:1], position=place[:1])["params"])()
     close(found, alone)
     jax.tree.map(partial(close, rtol=1e-4, atol=1e-4), other, grads)
-    expected = module.init(jax.random.key(0), x[:1], position=place[:1])["params"]
+    expected = jax.jit(module.init)(jax.random.key(0), x[:1], position=place[:1])["params"]
     jax.tree.map(partial(close, atol=1e-6), made, expected)
 
 

@@ -32,7 +32,7 @@ def model(stack, **settings):
 
 @pytest.fixture(scope="module")
 def dense():
-    return jax.tree.map(np.asarray, model("block*3").init(jax.random.key(0)))
+    return jax.tree.map(np.asarray, jax.jit(model("block*3").init)(jax.random.key(0)))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -133,7 +133,7 @@ def decoder(stack):
 def test_experts_of_a_modality_are_copies_of_its_one(start):
     """Or of the dense layer, where the model did not tell modalities apart."""
     source, target = decoder(start), decoder("block(ffn=moma(text=4, image=2))*2")
-    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    state = jax.tree.map(np.asarray, jax.jit(source.init)(jax.random.key(0)))
     shapes = target.abstract_state()
     made, fresh = upcycle(state, target.program, shapes)
     assert {*made, *fresh} == set(flat(shapes))
@@ -154,7 +154,7 @@ def test_an_upcycled_layer_begins_as_its_seed_times_the_score():
     """Routers of zeros score one half everywhere; with as many places as tokens all experts take all."""
     stack = "block(ffn=moma(text={0}, image={0}, slack=2.0{1}))*2"
     source, target = decoder(stack.format(1, "")), decoder(stack.format(2, ", capacity=2.0"))
-    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    state = jax.tree.map(np.asarray, jax.jit(source.init)(jax.random.key(0)))
     made, _ = upcycle(state, target.program, target.abstract_state())
     seed, layer = source.program.flat()[0].block.ffn, target.program.flat()[0].block.ffn
     x = jax.random.normal(jax.random.key(1), (2, 12, 16))
@@ -186,7 +186,7 @@ def test_more_experts_than_one_are_no_seed():
         decoder("block(ffn=moma(text=2, image=1))*2"),
         decoder("block(ffn=moma(text=4, image=2))*2"),
     )
-    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    state = jax.tree.map(np.asarray, jax.jit(source.init)(jax.random.key(0)))
     with pytest.raises(CheckpointError, match="no layer like that in block 0"):
         upcycle(state, target.program, target.abstract_state())
 
@@ -207,7 +207,7 @@ ONE, MANY = "block(ffn=moma(text=1, image=1))", "block(ffn=moma(text=4, image=2)
 def test_experts_come_from_their_own_block_wherever_it_stood(start, stack, wanted):
     """As many blocks of a kind are not the same blocks."""
     source, target = decoder(start), decoder(stack)
-    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    state = jax.tree.map(np.asarray, jax.jit(source.init)(jax.random.key(0)))
     shapes = target.abstract_state()
     made, fresh = upcycle(state, target.program, shapes, origin=source.program)
     assert {*made, *fresh} == set(flat(shapes))
@@ -232,7 +232,7 @@ def test_experts_come_from_their_own_block_wherever_it_stood(start, stack, wante
 def test_layers_that_stood_in_other_blocks_are_told():
     """The same counts in another order; where the stack of the weights is not known, also in the same."""
     source = decoder(f"{ONE} + block")
-    state = jax.tree.map(np.asarray, source.init(jax.random.key(0)))
+    state = jax.tree.map(np.asarray, jax.jit(source.init)(jax.random.key(0)))
     target = decoder(f"{ONE} + block(ffn=moma(text=4, image=2))").program, decoder(f"block + {MANY}")
     with pytest.raises(CheckpointError, match=r"block 0 of the stack has swiglu, and .* has it in block 1: "):
         upcycle(state, target[1].program, target[1].abstract_state(), origin=source.program)
@@ -244,7 +244,7 @@ def test_layers_that_stood_in_other_blocks_are_told():
 
 def test_a_run_says_in_which_blocks_its_layers_stood(tmp_path):
     source, target = decoder(f"block + {ONE}"), decoder(f"block + {MANY}")
-    state = source.init(jax.random.key(0))
+    state = jax.jit(source.init)(jax.random.key(0))
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(5, {"params": state, "ema": None}, {"ema": False}, wait=True)
     start = InitFrom(str(tmp_path), upcycle=True)
