@@ -218,15 +218,14 @@ def test_unused_stack_variable():
 def test_wrong_inputs():
     model = build()
     with pytest.raises(ShapeError, match="built for images"):
-        model.apply(model.abstract_state(), {"image": jnp.zeros((2, 16, 16, 1))})
+        jax.eval_shape(model.apply, model.abstract_state(), {"image": jnp.zeros((2, 16, 16, 1))})
     with pytest.raises(ShapeError, match=r"\[H, W, C\]"):
         build(image=(8, 8))
     with pytest.raises(ConfigError, match="reads 'image'"):
         models.build({"name": "vit"}, spec={"text": ((8,), "int32")}, num_outputs=2)
     with pytest.raises(ShapeError, match="needs 3 entries"):
-        build(stack="block*3").apply(
-            build(stack="block*2").abstract_state(), {"image": jnp.zeros((2, 8, 8, 1))}
-        )
+        state = build(stack="block*2").abstract_state()
+        jax.eval_shape(build(stack="block*3").apply, state, {"image": jnp.zeros((2, 8, 8, 1))})
 
 
 def test_config_is_hashable_and_frozen():
