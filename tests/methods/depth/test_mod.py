@@ -56,11 +56,11 @@ def gradients(run, pick, state, x):
 
 def own(state):
     """The item's weights."""
-    return jax.tree.map(lambda leaf: leaf[0], state["items"]["mod"])
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], state["items"]["mod"])
 
 
 def features(seed=0, batch=B):
-    return jax.random.normal(jax.random.key(seed), (batch, N, D))
+    return np.asarray(jax.random.normal(jax.random.key(seed), (batch, N, D)))
 
 
 def largest(score, k=K):
@@ -150,7 +150,7 @@ def test_those_that_enter_see_nothing_of_the_others():
     member = largest(x @ router)
     noise = 9 * features(1)
     noise -= (noise @ router / (router @ router))[..., None] * router  # which no score reads
-    other = jnp.where(member[..., None], x, x + noise)
+    other = np.where(member[..., None], x, x + noise)
     assert (largest(other @ router) == member).all()
     np.testing.assert_array_equal(
         np.asarray(run(state, x)[0])[member], np.asarray(run(state, other)[0])[member]
@@ -168,14 +168,20 @@ def test_a_permuted_batch_gives_the_results_permuted():
 @pytest.mark.parametrize(("train", "decide"), [(True, "predictor"), (False, "predictor"), (False, "topk")])
 def test_those_inside_stand_in_their_order(train, decide):
     model = decoders.build(f"mod(keep=0.25, decide={decide})(block)", N, train=train, leaks=True)
-    state, trace = decoders.weights(model), []
     tokens = placed(features())
-    execute.run(model.program, state, tokens, Context(KEY, train), trace=trace)
-    (inside,) = (point.tokens for point in trace if point.inside)
+
+    @quick
+    def run(state):
+        trace = []
+        execute.run(model.program, state, tokens, Context(KEY, train), trace=trace)
+        (inside,) = (point.tokens for point in trace if point.inside)
+        return inside
+
+    inside = jax.tree.map(np.asarray, run(decoders.weights(model)))
     assert inside.count == (K if train or decide == "topk" else 2 * K)
     for row in range(B):
-        real = slice(None) if inside.valid is None else np.asarray(inside.valid[row])
-        position = np.asarray(inside.position[row])[real]
+        real = slice(None) if inside.valid is None else inside.valid[row]
+        position = inside.position[row][real]
         assert (np.diff(position) > 0).all() and len(position)
         np.testing.assert_array_equal(inside.x[row][real], tokens.x[row, position])
         np.testing.assert_array_equal(inside.coords[row][real, 0], position)
@@ -194,11 +200,11 @@ def test_padding_does_not_enter():
     for train in (True, False):
         _, state, run = routed("keep=0.25", train)
         x = features()
-        valid = jnp.arange(N) < jnp.array([[N], [4], [15]])
-        found, *_ = run(state, x, valid)
+        valid = np.arange(N) < np.array([[N], [4], [15]])
+        found = np.asarray(run(state, x, valid)[0])
         np.testing.assert_array_equal(found[~valid], x[~valid])
-        loud, *_ = run(state, jnp.where(valid[..., None], x, 50 * features(2)), valid)
-        np.testing.assert_allclose(loud[valid], found[valid], atol=1e-5)
+        loud, *_ = run(state, np.where(valid[..., None], x, 50 * features(2)), valid)
+        np.testing.assert_allclose(np.asarray(loud)[valid], found[valid], atol=1e-5)
         assert (found[1, :4] != x[1, :4]).any()
 
 
@@ -207,7 +213,7 @@ def test_protected_tokens_weigh_one():
     item = MixtureOfDepths(0.5)
     x, done = features(), features(1)
     score = jnp.full((B, N), 0.5)
-    found = item.weighted(x, placed(done).replace(protected=2), score)
+    found = quick(item.weighted)(x, placed(done).replace(protected=2), score)
     np.testing.assert_allclose(found[:, :2], done[:, :2], atol=1e-6)
     np.testing.assert_allclose(found[:, 2:], ((x + done) / 2)[:, 2:], atol=1e-6)
 
@@ -228,9 +234,8 @@ def test_the_router_learns_and_the_others_pass_gradients_unchanged(gate):
 
 def test_fresh_routers_are_small_and_not_zero():
     """Zeros as raw gates would teach neither router nor block anything; each layer draws its own."""
-    routers = decoders.build("mod(keep=0.5)(block)*4", N, width=256).program.init(KEY)["items"]["mod"][
-        "router"
-    ]
+    init = decoders.build("mod(keep=0.5)(block)*4", N, width=256).program.init
+    routers = np.asarray(quick(init)(KEY)["items"]["mod"]["router"])
     np.testing.assert_allclose(routers.std(axis=1), 0.02, rtol=0.2)
     assert len(np.unique(routers[:, 0])) == 4
 
@@ -344,12 +349,13 @@ def test_at_evaluation_each_enters_with_the_probability_of_k():
     """Over 256 rows: within five standard deviations, and a token's draw is that of its row and position alone."""
     item, rows = MixtureOfDepths(0.25, by="random"), 256
     tokens = placed(features(0, rows))
-    entering = np.asarray(item.decision({}, tokens, jnp.zeros((rows, N)), KEY))
+    decision = quick(lambda tokens: item.decision({}, tokens, jnp.zeros((rows, tokens.count)), KEY))
+    entering = np.asarray(decision(tokens))
     assert abs(entering.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / (rows * N))
     assert (np.abs(entering.mean(0) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / rows)).all()
     some = np.array([3, 4, 17])
     part = jax.tree.map(lambda leaf: leaf[:, some], tokens)
-    np.testing.assert_array_equal(item.decision({}, part, jnp.zeros((rows, 3)), KEY), entering[:, some])
+    np.testing.assert_array_equal(decision(part), entering[:, some])
 
 
 # ---------------------------------------------------------------------------------------------- room

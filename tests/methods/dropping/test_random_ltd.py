@@ -32,6 +32,7 @@ from tokenlab.train.token_clock import tokens_in_layers
 B, N, K, D = 2, 9, 4, 16
 KEY = jax.random.key(3)
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+drawn = quick(random_token_indices, static_argnames=("layers", "batch", "n", "k", "protected"))
 
 
 def sequence(x: Any, **more: Any) -> Tokens:
@@ -78,7 +79,7 @@ def test_indices_are_ascending_distinct_and_uniform() -> None:
 
 
 def test_protected_positions_stay() -> None:
-    found = np.asarray(random_token_indices(KEY, layers=3, batch=4, n=N, k=K, protected=2))
+    found = np.asarray(drawn(KEY, layers=3, batch=4, n=N, k=K, protected=2))
     assert found.shape == (3, 4, 2 + K)
     assert (found[..., :2] == [0, 1]).all() and (found[..., 2:] >= 2).all()
 
@@ -116,10 +117,10 @@ def layer() -> Any:
 
 
 def test_what_is_not_drawn_is_untouched_in_value_and_gradient(layer: Any) -> None:
-    x, cotangent = jax.random.normal(KEY, (2, B, N, D))
+    x, cotangent = np.asarray(jax.random.normal(KEY, (2, B, N, D)))
     weight = jax.random.normal(jax.random.key(4), (D, D))
-    kept = np.asarray(random_token_indices(KEY, layers=1, batch=B, n=N, k=K)[0])
-    found, into, gradient = layer(x, weight, cotangent)
+    kept = np.asarray(drawn(KEY, layers=1, batch=B, n=N, k=K))[0]
+    found, into, gradient = map(np.asarray, layer(x, weight, cotangent))
     noise = np.array(x)
     for b in range(B):
         rest = np.setdiff1d(np.arange(N), kept[b])
@@ -127,21 +128,19 @@ def test_what_is_not_drawn_is_untouched_in_value_and_gradient(layer: Any) -> Non
         np.testing.assert_array_equal(into[b, rest], cotangent[b, rest])
         assert not np.allclose(found[b, kept[b]], x[b, kept[b]])
         noise[b, rest] = 1e3
-    changed, _, same = layer(noise, weight, cotangent)
+    changed, _, same = map(np.asarray, layer(noise, weight, cotangent))
     np.testing.assert_array_equal(gradient, same)  # the layer never saw them
     np.testing.assert_array_equal(changed[np.arange(B)[:, None], kept], found[np.arange(B)[:, None], kept])
 
 
 def test_with_all_tokens_kept_the_body_runs_as_it_is() -> None:
-    state = vit("block*3").init(KEY)
+    state = quick(vit("block*3").init)(KEY)
     images = {"image": jax.random.normal(KEY, (2, 8, 8, 1))}
     dense, own = vit("block*3"), vit("block + random_ltd(17)(block) + block")
     run = lambda model: quick(lambda: model.apply(state, images, train=True, rng=KEY).logits)()  # noqa: E731
     np.testing.assert_array_equal(run(dense), run(own))
-    everything = random_token_indices(
-        KEY, layers=1, batch=2, n=N, k=N
-    )  # the gather itself changes nothing either
-    np.testing.assert_array_equal(everything[0], np.broadcast_to(np.arange(N), (2, N)))
+    everything = drawn(KEY, layers=1, batch=2, n=N, k=N)  # the gather itself changes nothing either
+    np.testing.assert_array_equal(np.asarray(everything)[0], np.broadcast_to(np.arange(N), (2, N)))
 
 
 # ------------------------------------------------------------------------------------------------ in models
@@ -224,7 +223,7 @@ def lm() -> dict[str, Any]:
         "scan": {"execution": "scan"},
         "remat": {"execution": "scan", "remat": "full"},
     }
-    state = decoder(stack).init(KEY)
+    state = quick(decoder(stack).init)(KEY)
 
     def one(**settings: Any) -> Any:
         model = decoder(stack, **settings)
@@ -284,7 +283,7 @@ def test_evaluation_is_dense(build: Any) -> None:
     """With the weights of a run that drops, evaluation is that of the dense model, leaf by leaf and bit by bit."""
     stack = "block + random_ltd(5)(block)*2 + block"
     trained, evaluated, dense = build(stack), build(stack, train=False), build("block*4", train=False)
-    state = trained.init(KEY)
+    state = quick(trained.init)(KEY)
     assert jax.tree.structure(state) == jax.tree.structure(dense.abstract_state())
     batch = (
         {"image": jax.random.normal(KEY, (2, 8, 8, 1))}

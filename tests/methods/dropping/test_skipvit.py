@@ -31,6 +31,7 @@ GOLDEN = dict(np.load(Path(__file__).parents[2] / "golden" / "evit.npz"))
 KEY = jax.random.key(5)
 SPEC = {"image": ((8, 8, 1), "float32")}
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+scores_of = quick(cls_attention_scores, static_argnames="num_prefix")
 
 
 def vit(stack: str, *, train: bool = True, **settings: Any) -> Any:
@@ -47,24 +48,24 @@ def test_scores_and_kept_sets_are_those_of_evit() -> None:
     y = (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
     y = y * p["norm1.weight"] + p["norm1.bias"]
     qkv = (y @ p["attn.qkv.weight"].T + p["attn.qkv.bias"]).reshape(*y.shape[:2], 3, 3, -1)
-    scores = cls_attention_scores(jnp.asarray(qkv[:, :, 0]), jnp.asarray(qkv[:, :, 1]))
+    scores = scores_of(qkv[:, :, 0], qkv[:, :, 1])
     np.testing.assert_allclose(scores, GOLDEN["drop/mid/cls_attention1"], atol=1e-6)
     kept = top_k(scores, SkipViT(0.7).kept(17, 1), order="score")
     np.testing.assert_array_equal(kept, GOLDEN["drop/mid/keep_index1"])
 
 
 def test_scores_are_of_the_clean_softmax() -> None:
-    query, key = jax.random.normal(KEY, (2, 3, 9, 2, 4))
-    scores = cls_attention_scores(query, key)
-    logits = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key) / 2.0
-    own = jax.nn.softmax(logits, axis=-1)[..., 0].mean(axis=1)
+    query, key = np.asarray(jax.random.normal(KEY, (2, 3, 9, 2, 4)))
+    scores = np.asarray(scores_of(query, key))
+    logits = np.einsum("bhd,bnhd->bhn", query[:, 0], key) / 2.0
+    own = np.asarray(jax.nn.softmax(logits, axis=-1))[..., 0].mean(axis=1)
     np.testing.assert_allclose(scores.sum(axis=1) + own, 1.0, rtol=1e-6)
-    order = jax.random.permutation(KEY, 8)
-    shuffled = jnp.concatenate([key[:, :1], key[:, 1:][:, order]], axis=1)
-    np.testing.assert_allclose(cls_attention_scores(query, shuffled), scores[:, order], rtol=1e-5)
-    gradient = jax.grad(lambda key: cls_attention_scores(query, key).sum())(key)
-    np.testing.assert_array_equal(gradient, jnp.zeros_like(key))
-    np.testing.assert_array_equal(cls_attention_scores(query, key, num_prefix=3), scores[:, 2:])
+    order = np.asarray(jax.random.permutation(KEY, 8))
+    shuffled = np.concatenate([key[:, :1], key[:, 1:][:, order]], axis=1)
+    np.testing.assert_allclose(scores_of(query, shuffled), scores[:, order], rtol=1e-5)
+    gradient = quick(jax.grad(lambda key: cls_attention_scores(query, key).sum()))(key)
+    np.testing.assert_array_equal(gradient, np.zeros_like(key))
+    np.testing.assert_array_equal(scores_of(query, key, num_prefix=3), scores[:, 2:])
     with pytest.raises(TokenLabError, match="num_prefix is 0"):
         cls_attention_scores(query, key, num_prefix=0)
 
@@ -93,7 +94,7 @@ def ran() -> dict[str, Any]:
         return before.x, inside.position, behind.x
 
     before, place, behind = run(state)
-    return {"before": before, "place": np.asarray(place), "behind": behind}
+    return {"before": np.asarray(before), "place": np.asarray(place), "behind": np.asarray(behind)}
 
 
 def _part(state: Any, blocks: int) -> Any:
@@ -134,9 +135,9 @@ def test_no_gradient_of_what_skips_passes_through_the_span() -> None:
         return jax.grad(loss)(state)
 
     blocks = gradient(state)["blocks"]
-    for leaf in jax.tree.leaves(blocks):
-        np.testing.assert_array_equal(leaf[1:], jnp.zeros_like(leaf[1:]))
-    assert np.abs(blocks["mlp"]["up"]["kernel"][0]).max() > 0
+    for leaf in map(np.asarray, jax.tree.leaves(blocks)):
+        np.testing.assert_array_equal(leaf[1:], np.zeros_like(leaf[1:]))
+    assert np.abs(np.asarray(blocks["mlp"]["up"]["kernel"])[0]).max() > 0
 
 
 def test_the_stack_of_a_span() -> None:
@@ -159,7 +160,7 @@ def test_without_return_what_follows_sees_the_kept_alone() -> None:
     assert [step.present for step in steps] == [17, 17, 9, 9] and steps[1].after == 9
     kept = vit("block + keep(8, by=cls) + block*3")
     gone = vit("block + skipvit(0.45, rejoin=False)(block) + block*2")
-    state, images = kept.init(KEY), {"image": jax.random.normal(KEY, (2, 8, 8, 1))}
+    state, images = quick(kept.init)(KEY), {"image": jax.random.normal(KEY, (2, 8, 8, 1))}
     run = lambda model: quick(lambda: model.apply(state, images, train=True, rng=KEY).logits)()  # noqa: E731
     np.testing.assert_array_equal(run(kept), run(gone))
     assert (
@@ -187,7 +188,7 @@ def parted() -> dict[str, Any]:
         return output.logits, [point.tokens for point in output.trace]
 
     found = {name: quick(partial(run, _golden_vit(stack)))() for name, stack in stacks.items()}
-    return found
+    return jax.tree.map(np.asarray, found)
 
 
 GONE = "skipvit({}, rejoin=False, split=pre_mlp)"
@@ -275,7 +276,7 @@ def test_xla_counts_as_much(split: str) -> None:
 @pytest.fixture(scope="module")
 def everything() -> dict[str, Any]:
     """Features and gradients of stacks in which all tokens are kept, scanned and not: stack, execution -> both."""
-    state, images = vit("block*3").init(KEY), {"image": jax.random.normal(KEY, (2, 8, 8, 1))}
+    state, images = quick(vit("block*3").init)(KEY), {"image": jax.random.normal(KEY, (2, 8, 8, 1))}
 
     def one(stack: str, **how: Any) -> Any:
         model = vit(stack, **how)

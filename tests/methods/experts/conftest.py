@@ -47,12 +47,10 @@ def each_expert():
         return jax.nn.gelu(x, approximate=False)
 
     def run(bank, x):
-        x = np.asarray(x)
+        bank, x = jax.tree.map(np.asarray, (bank, x))
         made = []
         for e in range(len(bank["up"]["bias"])):
-            up, down = (
-                {leaf: np.asarray(value[e]) for leaf, value in bank[name].items()} for name in ("up", "down")
-            )
+            up, down = ({leaf: value[e] for leaf, value in bank[name].items()} for name in ("up", "down"))
             hidden = np.asarray(gelu(x @ up["kernel"] + up["bias"]))
             made.append(hidden @ down["kernel"] + down["bias"])
         return np.stack(made)

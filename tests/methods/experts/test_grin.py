@@ -29,6 +29,9 @@ equal = np.testing.assert_array_equal
 
 # Compiling is nearly all of the time, and the numbers need no optimised code.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+mask_and_softmax = quick(masked_softmax, static_argnums=(1, 2))
+mix = quick(sparse_mixer, static_argnums=(1, 2), static_argnames="version")
+draw = quick(grin.draw, static_argnums=(1, 2))
 
 LOGITS = np.array([0.9, 1.4, 0.2, 1.1, 1.3], np.float32)  # the largest is 1
 R = 0.2  # leaves expert 2 out: (1.4 - 0.2) / 1.4 > 0.4
@@ -44,6 +47,9 @@ def linear(y):
 def cubic(y):
     t = y @ SLOPE
     return 2 * t**3 - t**2 + 0.5 * t + 0.3 + (y**3).sum()
+
+
+gradient_of = {f: quick(jax.grad(f)) for f in (linear, cubic)}
 
 
 def draws_of(expert, full, shape=(E,)):
@@ -80,9 +86,9 @@ def estimate():
         found = {}
         for expert in CANDIDATES:
             for full in (True, False):
-                gradient_of, mixed = gradient(LOGITS, draws_of(expert, full))
+                slope, mixed = gradient(LOGITS, draws_of(expert, full))
                 assert mixed.expert[0] == expert
-                found[expert, full] = np.float64(gradient_of)
+                found[expert, full] = np.float64(slope)
         return found
 
     return run
@@ -94,7 +100,9 @@ def terms(f, version):
     results = [np.float64(p[i]) * VECTORS[i] for i in range(E)]
     weights = [float(f(y) - f(0 * y)) for y in results]
     if version == "v2star":  # p is not held fixed inside f
-        weights = [w + float(jax.grad(f)(jnp.float32(y)) @ y) for w, y in zip(weights, results, strict=True)]
+        weights = [
+            w + float(gradient_of[f](jnp.float32(y)) @ y) for w, y in zip(weights, results, strict=True)
+        ]
     return np.stack([w * row for w, row in zip(weights, dp, strict=True)])
 
 
@@ -137,7 +145,7 @@ def test_for_a_cubic_loss_it_is_exact_but_for_the_argmax(estimate, version):
     assert np.abs(found[1] - exact[1]).max() > 0.01
     p, dp = probabilities(version), slopes(version)
     y = p[1] * VECTORS[1].astype(np.float64)
-    euler = float(jax.grad(cubic)(jnp.float32(y)) @ y) * (2 if version == "v2star" else 1)
+    euler = float(gradient_of[cubic](jnp.float32(y)) @ y) * (2 if version == "v2star" else 1)
     close(found[1], euler * dp[1], atol=5e-6)
 
 
@@ -183,7 +191,7 @@ def test_the_gradient_has_no_factor_c_and_none_outside_the_candidates(estimate):
     for (expert, full), gradient in found.items():
         c = 1.0 if full or expert == 1 else 1 / 3
         y = c * p[expert] * VECTORS[expert].astype(np.float64)
-        g = float(jax.grad(cubic)(jnp.float32(y)) @ VECTORS[expert])
+        g = float(gradient_of[cubic](jnp.float32(y)) @ VECTORS[expert])
         close(gradient, g * p[expert] * ((np.arange(E) == expert) - p), atol=5e-6)
         assert gradient[2] == 0
 
@@ -197,7 +205,7 @@ def test_candidates_are_the_rule(rule):
     z = generator.normal(size=(200, E)).astype(np.float32)
     available = generator.random((200, E)) < 0.7
     available[:, 3] = True
-    p, mask = masked_softmax(z, 0.3, rule, jnp.asarray(available))
+    p, mask = map(np.asarray, mask_and_softmax(z, 0.3, rule, available))
     for row in range(len(z)):
         top = max(z[row, i] for i in range(E) if available[row, i])
         for i in range(E):
@@ -209,25 +217,25 @@ def test_candidates_are_the_rule(rule):
         kept = np.where(mask[row], np.exp(np.float64(z[row])), 0.0)
         close(p[row], kept / kept.sum())
     assert 0.2 < np.mean(mask) < 0.65
-    equal(np.asarray(p)[~np.asarray(mask)], 0)
+    equal(p[~mask], 0)
 
 
 def test_the_rules_differ_a_little():
     z = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
     for r, low, high in ((0.1, 0.02, 0.15), (0.01, 0.0, 0.005)):
-        differ = (masked_softmax(z, r, "code")[1] != masked_softmax(z, r, "paper")[1]).any(-1)
+        differ = (mask_and_softmax(z, r, "code")[1] != mask_and_softmax(z, r, "paper")[1]).any(-1)
         assert low <= differ.mean() <= high
 
 
 def test_nothing_flows_through_the_mask_or_out_of_it():
     z = jnp.array([[2.0, 1.9, -5.0, 1.0, -40.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    jacobian = jax.jacobian(lambda z: masked_softmax(z, 0.1)[0])(z)
+    jacobian = np.asarray(quick(jax.jacobian(lambda z: masked_softmax(z, 0.1)[0]))(z))
     assert np.isfinite(jacobian).all()
-    p, mask = masked_softmax(z, 0.1)
+    p, mask = map(np.asarray, mask_and_softmax(z, 0.1))
     equal(mask, [[True, True, False, False, False], [True] * 5])
-    exact = np.diag(np.asarray(p[0])) - np.outer(p[0], p[0])
+    exact = np.diag(p[0]) - np.outer(p[0], p[0])
     close(jacobian[0, :, 0], exact)
-    equal(np.asarray(jacobian[0, :, 0])[:, 2:], 0)
+    equal(jacobian[0, :, 0][:, 2:], 0)
 
 
 # Inference
@@ -236,7 +244,7 @@ def test_nothing_flows_through_the_mask_or_out_of_it():
 def test_at_inference_the_best_are_taken_with_their_own_masks():
     """The second choice is a softmax around the largest of what is left, and the weights do not sum to 1."""
     z = jnp.array([[3.0, 1.0, 0.9, -4.0, 0.95]])
-    mixed = sparse_mixer(z, 3, 0.1)
+    mixed = mix(z, 3, 0.1)
     equal(mixed.expert, [[0, 1, 4]])
     equal(mixed.factor, 1.0)
     second, third = np.exp([1.0, 0.95, 0.9]), np.exp([0.95, 0.9])
@@ -246,8 +254,8 @@ def test_at_inference_the_best_are_taken_with_their_own_masks():
 def test_without_room_for_others_the_weight_is_one():
     z = jax.random.normal(jax.random.key(0), (50, E))
     for mixed in (
-        sparse_mixer(z, 2, 0.0),
-        sparse_mixer(z, 2, 0.0, draws=grin.draw(jax.random.key(1), z.shape, 2)),
+        mix(z, 2, 0.0),
+        mix(z, 2, 0.0, draws=draw(jax.random.key(1), z.shape, 2)),
     ):
         equal(mixed.weight, 1.0)
         equal(mixed.factor, 1.0)
@@ -256,9 +264,9 @@ def test_without_room_for_others_the_weight_is_one():
 
 def test_with_room_for_all_the_weight_is_the_largest_probability():
     z = jax.random.normal(jax.random.key(0), (50, E))
-    mixed = sparse_mixer(z, 1, 1e6)
+    mixed = mix(z, 1, 1e6)
     close(mixed.weight[:, 0], jax.nn.softmax(z).max(-1))
-    star = sparse_mixer(z, 1, 1e6, version="v2star")
+    star = mix(z, 1, 1e6, version="v2star")
     close(star.weight[:, 0], jax.nn.softmax(z / 2).max(-1))
 
 
@@ -271,11 +279,11 @@ def sampled():
     n = 40_000
 
     @quick
-    def run(key):
-        z = jnp.broadcast_to(LOGITS, (n, E))
+    def run(key, logits):  # which would be computed with while compiling, were they a constant
+        z = jnp.broadcast_to(logits, (n, E))
         return sparse_mixer(z, 3, R, draws=grin.draw(key, z.shape, 3))
 
-    return jax.tree.map(np.asarray, run(jax.random.key(0)))
+    return jax.tree.map(np.asarray, run(jax.random.key(0), LOGITS))
 
 
 def test_experts_are_sampled_by_their_probabilities(sampled):
@@ -314,7 +322,7 @@ def test_coins_and_choices_are_drawn_apart(sampled):
     both = (sampled.expert[:, 0] != 1) & ~np.isin(sampled.expert[:, 1], [1, 4])
     table = [[(best[0] == a)[both & (best[1] == b)].sum() for a in (0, 1)] for b in (0, 1)]
     assert stats.chi2_contingency(table).pvalue > 1e-3
-    first, second = grin.draw(jax.random.key(0), (64, E), 2)
+    first, second = draw(jax.random.key(0), (64, E), 2)
     assert (first.gumbel != second.gumbel).all() and (first.uniform != second.uniform).all()
 
 
@@ -333,12 +341,12 @@ def params(layer, x, weights):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_the_layer_is_the_mixture_of_all_experts(layer, params, x, each_expert, train, monkeypatch):
-    draws = grin.draw(jax.random.key(7), (3, 7, E), 2)
+    draws = draw(jax.random.key(7), (3, 7, E), 2)
     monkeypatch.setattr(grin, "draw", lambda key, shape, k: draws)
     rngs = {"ffn": jax.random.key(0)}
     y, aux = quick(lambda p, x: layer.apply({"params": p}, x, train=train, rngs=rngs))(params, x)
-    mixed = sparse_mixer(x @ params["router"], 2, 0.5, draws=draws if train else None)
-    dense = (jax.nn.one_hot(mixed.expert, E) * mixed.weight[..., None]).sum(2)
+    mixed = mix(x @ params["router"], 2, 0.5, draws=draws if train else None)
+    dense = (np.eye(E)[np.asarray(mixed.expert)] * np.asarray(mixed.weight)[..., None]).sum(2)
     close(y, np.einsum("bne,ebnd->bnd", dense, each_expert(params["experts"], x)), atol=1e-5)
     close(aux.load, np.bincount(np.ravel(mixed.expert), minlength=E) / mixed.expert.size)
     if train:
@@ -374,7 +382,7 @@ def test_kinds_of_expert_gradient_differ_by_c_alone(expert, x, weights, version)
         return run
 
     by_code, by_paper = compiled(code), compiled(code.clone(expert_grad="paper"))
-    logits = (one @ params["router"])[0, 0]
+    logits = np.asarray(one @ params["router"])[0, 0]
     seen = set()
     for chosen in {int(logits.argmax()), int(logits.argsort()[-2])}:
         for full in (True, False):
@@ -385,7 +393,7 @@ def test_kinds_of_expert_gradient_differ_by_c_alone(expert, x, weights, version)
             assert np.abs(a["router"]).max() > 1e-3
             c = 1.0 if full or chosen == int(logits.argmax()) else 1 / 3
             c = c / 2 if version == "v2star" else c
-            jax.tree.map(lambda a, b, c=c: close(a, c * b), a["experts"], b["experts"])
+            jax.tree.map(lambda a, b, c=c: close(a, c * np.asarray(b)), a["experts"], b["experts"])
             assert np.abs(b["experts"]["up"]["kernel"][chosen]).max() > 1e-3
             seen.add(round(c, 3))
     assert seen == ({1.0, 0.333} if version == "v2" else {0.5, 0.167})
@@ -398,14 +406,15 @@ def test_the_balance_loss_is_its_weight_at_even_routing(layer, params, x):
             {"params": p}, x, valid=valid, train=True, rngs={"ffn": jax.random.key(0)}
         )[1]
     )
-    valid = jnp.ones((3, 7), bool).at[1, :3].set(False)
+    valid = np.ones((3, 7), bool)
+    valid[1, :3] = False
     close(run(even, x, valid).losses["balance_loss"], 0.25)
     loss = run(params, x, valid).losses["balance_loss"]
     assert loss > 0.252
     logits = x @ params["router"]
-    drawn = grin.draw(layer.bind({}, rngs={"ffn": jax.random.key(0)}).make_rng("ffn"), (3, 7, E), 2)
-    chosen = jnp.where(valid[..., None], sparse_mixer(logits, 2, 0.5, draws=drawn).expert, E)
-    close(loss, 0.25 * route.balance_loss(jax.nn.softmax(logits), chosen, valid))
+    drawn = draw(layer.bind({}, rngs={"ffn": jax.random.key(0)}).make_rng("ffn"), (3, 7, E), 2)
+    chosen = np.where(valid[..., None], mix(logits, 2, 0.5, draws=drawn).expert, E)
+    close(loss, 0.25 * quick(route.balance_loss)(jax.nn.softmax(logits), chosen, valid))
 
 
 # Bad input
