@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 import tensorstore
 from flax import struct
@@ -362,15 +363,23 @@ def test_load_params_needs_neither_optimizer_nor_model(two: Path) -> None:
         load_params(two, part="parms")
 
 
-def test_small_arrays_are_written_by_one_device_and_large_ones_by_all(tmp_path: Path) -> None:
-    """What each writes of an array that all have is cut out by a program of its own, which has to be worth it."""
+@pytest.mark.parametrize("known", [True, False])
+def test_small_arrays_are_written_by_one_device_and_large_ones_by_all(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each writes of an array that all have is cut out by a program of its own, which has to be worth it.
+
+    An Orbax that is built otherwise shares out everything.
+    """
+    if not known:
+        monkeypatch.setattr(orbax.checkpoint.type_handlers, "get_type_handler", lambda kind: object())
     whole = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
     state = {"small": jnp.ones((16, 8)), "large": jnp.ones((8, 1 << 18))}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, jax.device_put(state, whole), META, wait=True)
     written = json.loads((tmp_path / "1" / "array_metadatas" / "process_0").read_text())["array_metadatas"]
     shapes = {each["array_metadata"]["param_name"]: each["array_metadata"]["write_shape"] for each in written}
-    assert shapes == {"small": [16, 8], "large": [1, 1 << 18]}
+    assert shapes == {"small": [16, 8] if known else [2, 8], "large": [1, 1 << 18]}
     np.testing.assert_array_equal(load_params(tmp_path, part="large")[0], state["large"])
 
 

@@ -259,8 +259,7 @@ class Checkpoints:
             post_finalization_callback=None if self._place.seals_last else self._seal,
             create_directories_asynchronously=False,
         )
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry())
-        return ocp.AsyncCheckpointer(handler, async_options=options)
+        return ocp.AsyncCheckpointer(_handler(), async_options=options)
 
     def _seal(self) -> None:
         """Completes the folder that Orbax has filled; in the first process, in the background.
@@ -371,18 +370,22 @@ def load_params(
     return leaves.restore_part(where.path(step), record["leaves"], part), {**record["meta"], "step": step}
 
 
-def _registry() -> ocp.type_handlers.TypeHandlerRegistry:
+def _handler() -> ocp.PyTreeCheckpointHandler:
     """Orbax's way to write arrays, but for small ones that several devices have whole: one device writes those.
 
     Orbax lets each of the devices write its share of every leaf. To cut that out is a program for each shape and share
     (some hundred for a small model on eight devices) that is compiled while the first save holds up the training.
     """
-    standard = ocp.type_handlers.get_type_handler(jax.Array)
+    # It keeps what kind of random keys a leaf holds, and Orbax gives no public name for it: one that does not have it
+    # there writes in its own way, which takes longer and is as good.
+    store = getattr(ocp.type_handlers.get_type_handler(jax.Array), "_array_metadata_store", None)
+    if store is None:
+        return ocp.PyTreeCheckpointHandler()
     arrays = ocp.type_handlers.ArrayHandler(
-        array_metadata_store=standard._array_metadata_store,
-        min_slice_bytes_for_replica_parallel=LEAST_SHARE,
+        array_metadata_store=store, min_slice_bytes_for_replica_parallel=LEAST_SHARE
     )
-    return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _NotFromOrbax(logging.Filter):
