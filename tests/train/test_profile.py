@@ -48,6 +48,7 @@ def event(name: str, duration: float, pid: int = 1, tid: int = 1, **more) -> dic
             "recompute block_*/tanh",
         ),
         ("jit(f)/jvp(block_00)/maps/bgqd,bgmd->bgqm/dot_general", "forward block_*/maps/dot_general"),
+        ("jit(step)/jvp(block_00)/jit(compute)/mlp/mul", "forward block_*/mlp/mul"),  # from JAX 0.12 on
         ("jit(step)/add", "add"),
         ("jit(f)/block_00/jit(softmax)/exp;jit(f)/block_00/div", "block_*/exp"),
         ("jit(f)/head/conv_1/dot_general", "head/conv_1/dot_general"),
